@@ -1,0 +1,1 @@
+"""Every option, and how a file and the command line become one frozen config."""

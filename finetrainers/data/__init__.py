@@ -1,0 +1,1 @@
+"""Sources, decoding, buckets and the cache: files and tensors; knows no model."""

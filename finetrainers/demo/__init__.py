@@ -1,0 +1,1 @@
+"""A tiny model and rendered clips, so that everything can be tried offline on a CPU."""

@@ -1,0 +1,1 @@
+"""What stays on the device, and the report of it."""

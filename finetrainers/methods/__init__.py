@@ -1,0 +1,1 @@
+"""Which weights move: one file a method, found by folder name."""
