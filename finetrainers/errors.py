@@ -15,3 +15,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by signal {signum}")
         self.signum = signum
+
+
+class UnusableClip(Exception):  # noqa: N818 - a finding about a file, turned into a Problem
+    """A clip cannot be used; the message is the reason, in words for the person who owns the clip."""

@@ -1,0 +1,267 @@
+"""Every option of a run, with its type, its default and its meaning; `docs/options.md` is printed from here."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
+
+from finetrainers.types import Bucket
+
+FREE = {"resume": "free"}
+"""Marks an option that may change between a run and its resumption without changing a number of it."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of options: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+def _one_line(path: str) -> str:
+    if not path.strip() or re.search(r"[\x00-\x1f]", path):
+        raise ValueError("must be a path or a hub id on one line")
+    return path
+
+
+PathText = Annotated[str, BeforeValidator(lambda value: str(value) if hasattr(value, "__fspath__") else value)]
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    path: PathText
+    """Hub id or local diffusers folder; the family is detected from its `model_index.json`."""
+    task: str = "text-to-video"
+    """What is trained; `finetrainers models` lists the tasks of each family."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    _check_path = field_validator("path")(_one_line)
+
+
+class SourceConfig(Section):
+    """One place that clips come from."""
+
+    path: PathText
+    """A folder of clips, or a csv, jsonl or parquet table."""
+
+    _check_path = field_validator("path")(_one_line)
+
+
+def _as_sources(value: Any) -> Any:
+    """`./clips`, `{path: ./clips}` or a list of either."""
+    entries = value if isinstance(value, list) else [value]
+    return [{"path": entry} if isinstance(entry, str) or hasattr(entry, "__fspath__") else entry for entry in entries]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class DataConfig(Section):
+    """The clips and how they become samples."""
+
+    train: Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
+    """A folder, a csv, jsonl or parquet table, or a list of them (each a path or `{path: ...}`)."""
+    validation: Annotated[float, Field(gt=0, lt=1)] | PathText | None = None
+    """Held-out clips: a path, or a share (0..1) split off by a hash of each clip. Left out: 5 % from 40 clips up."""
+    buckets: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] | None = None
+    """Sizes that clips are brought to, FRAMESxHEIGHTxWIDTH; each clip takes the best one. Left out: the family's own."""
+    fps: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Frames per second that clips are resampled to. Left out: each clip keeps its own rate."""
+    window: Literal["first", "middle", "all"] = "first"
+    """Which part of a clip longer than its bucket is used; `all` makes a sample of each part that fits."""
+    trigger: str = ""
+    """Id token put before each caption, such as `BW_STYLE`."""
+    caption_dropout: Share = 0.05
+    """Share of samples that see the empty caption instead of theirs, so that guidance keeps working."""
+    num_workers: Annotated[int, Field(ge=0, le=256)] = Field(2, json_schema_extra=FREE)
+    """Threads that decode clips and read batches ahead of the step; 0 reads in the step itself. Never changes a number."""
+    strict: bool = Field(False, json_schema_extra=FREE)
+    """Stop, naming each, when any clip cannot be used; otherwise they are named, counted and left out."""
+    cache: PathText | None = Field(None, json_schema_extra=FREE)
+    """Folder of the encoded dataset, which runs may share. Left out: `cache` in the output folder."""
+
+    @field_validator("buckets")
+    @classmethod
+    def _check_buckets(cls, buckets: list[str] | None) -> list[str] | None:
+        if buckets is None:
+            return None
+        return list(dict.fromkeys(str(Bucket.parse(bucket)) for bucket in buckets))
+
+
+class LoraOptions(Section):
+    """Train low-rank adapters beside the frozen weights."""
+
+    name: Literal["lora"] = "lora"
+    rank: Annotated[int, Field(ge=1, le=8192)] = 64
+    """Rank of the adapters: more learns more, and weighs more."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The adapters' output is scaled by alpha / rank. Left out: equal to `rank`, which is a scale of 1."""
+    target_modules: list[str] | str | None = None
+    """Layers that get adapters: names (matched at the end of a layer's path) or one regular expression for the whole
+    path. Left out: the family's own, the attention projections of every block."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapters' input."""
+
+
+class FullOptions(Section):
+    """Train every weight of the transformer."""
+
+    name: Literal["full"]
+
+
+def _method_name(value: Any) -> str:
+    return value.get("name", "lora") if isinstance(value, dict) else getattr(value, "name", "lora")
+
+
+MethodConfig = Annotated[
+    Annotated[LoraOptions, Tag("lora")] | Annotated[FullOptions, Tag("full")], Discriminator(_method_name)
+]
+
+
+class ObjectiveConfig(Section):
+    """How noise levels are drawn."""
+
+    timestep_sampling: Literal["uniform", "logit_normal", "shifted_logit_normal"] | None = None
+    """The law of the noise level. `shifted_logit_normal` moves towards more noise with more tokens, as LTX-Video was
+    trained. Left out: the family's own."""
+    logit_mean: float = 0.0
+    """Mean of the normal under `logit_normal`; more is more noise."""
+    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    """Standard deviation of the normal under `logit_normal` and `shifted_logit_normal`."""
+    uniform_share: Share = 0.1
+    """Share of draws that are uniform under `shifted_logit_normal`, so that no noise level is forgotten."""
+
+
+class OptimizerConfig(Section):
+    """The optimizer and the schedule of its learning rate."""
+
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps its state in 8 bits (bitsandbytes), a quarter of the memory."""
+    lr: Annotated[float, Field(ge=0)] | None = None
+    """Learning rate; 0 is a dry run of everything else. Left out: the family's own for the method."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Decoupled weight decay."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """Course of the learning rate over the run, by diffusers' names."""
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from 0 (not with `constant`)."""
+
+
+class TrainingConfig(Section):
+    """The loop."""
+
+    steps: Annotated[int, Field(ge=0)] = Field(1000, json_schema_extra=FREE)
+    """Optimizer steps of the whole run."""
+    batch_size: Annotated[int, Field(ge=1)] = 1
+    """Clips per forward pass, all of one bucket."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    """Forward passes per optimizer step; the gradient equals that of one large batch."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Fixes everything that is drawn: order, noise, noise levels, dropout, initial adapters."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the transformer. Trained weights are kept in fp32 either way."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them as they are."""
+    gradient_checkpointing: bool = Field(True, json_schema_extra=FREE)
+    """Compute activations again in the backward pass rather than keep them: far less memory, a third more work."""
+
+
+class MemoryConfig(Section):
+    """What stays on the device."""
+
+    vae_tiling: bool = False
+    """Encode and decode video in tiles: less memory, slightly different latents."""
+
+
+class ParallelConfig(Section):
+    """How the run is spread over processes."""
+
+    strategy: Literal["auto"] = Field("auto", json_schema_extra=FREE)
+    """`auto` runs in one process."""
+
+
+class ValidationConfig(Section):
+    """What is measured and shown while training."""
+
+    every: Annotated[int, Field(ge=0)] = Field(250, json_schema_extra=FREE)
+    """Optimizer steps between validations, the first before step 1; 0 is never."""
+    prompts: Annotated[list[str], BeforeValidator(_as_list)] = Field([], json_schema_extra=FREE)
+    """Prompts of the sample videos. Left out: captions of held-out clips, or of training clips if there are none."""
+    num_videos: Annotated[int, Field(ge=0, le=64)] = Field(2, json_schema_extra=FREE)
+    """How many captions are used when `prompts` is left out; 0 makes no videos."""
+    negative_prompt: str = Field("", json_schema_extra=FREE)
+    """What the videos are guided away from."""
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = Field(30, json_schema_extra=FREE)
+    """Denoising steps per video."""
+    guidance_scale: Annotated[float, Field(ge=0)] | None = Field(None, json_schema_extra=FREE)
+    """Strength of the prompt. Left out: the family's own."""
+    bucket: str | None = Field(None, json_schema_extra=FREE)
+    """Size of the videos, FRAMESxHEIGHTxWIDTH. Left out: the first of `data.buckets`."""
+    timesteps: Annotated[int, Field(ge=1, le=100)] = Field(4, json_schema_extra=FREE)
+    """Noise levels, evenly spread, at which the loss of each held-out clip is measured."""
+
+    @field_validator("bucket")
+    @classmethod
+    def _check_bucket(cls, bucket: str | None) -> str | None:
+        return None if bucket is None else str(Bucket.parse(bucket))
+
+
+class CheckpointConfig(Section):
+    """What is saved to go on from, and when."""
+
+    every: Annotated[int, Field(ge=0)] = Field(500, json_schema_extra=FREE)
+    """Optimizer steps between checkpoints, each with the weights to take away; 0 saves only the last."""
+    keep: Annotated[int, Field(ge=1)] | None = Field(3, json_schema_extra=FREE)
+    """Newest checkpoints to keep; null keeps all."""
+    keep_weights: Annotated[int, Field(ge=1)] | None = Field(None, json_schema_extra=FREE)
+    """Newest `weights/` folders to keep; null keeps all."""
+
+
+class TrackingConfig(Section):
+    """Where numbers and videos go besides `metrics.jsonl`, which is always written."""
+
+    trackers: Annotated[list[Literal["wandb", "tensorboard"]], BeforeValidator(_as_list)] = Field(
+        [], json_schema_extra=FREE
+    )
+    """Any of `wandb` and `tensorboard`."""
+    project: str = Field("finetrainers", json_schema_extra=FREE)
+    """Project under which Weights & Biases files the run."""
+    name: str | None = Field(None, json_schema_extra=FREE)
+    """Name of the run. Left out: the name of the output folder."""
+    wandb_mode: Literal["online", "offline"] = Field("online", json_schema_extra=FREE)
+    """`offline` keeps the Weights & Biases run on disk, to be sent with `wandb sync`."""
+
+
+class RunConfig(Section):
+    """A whole run. Only `model.path`, `data.train` and `output` must be given."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig = Field(default_factory=LoraOptions)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    output: PathText = Field(json_schema_extra=FREE)
+    """Folder that the run writes to, and resumes from."""
+
+    _check_output = field_validator("output")(_one_line)
