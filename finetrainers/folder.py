@@ -18,6 +18,11 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def slug(text: str) -> str:
+    """A short file name made of a prompt's letters and digits, which cannot leave its folder."""
+    return "-".join(re.findall(r"[a-z0-9]+", text.lower()))[:48].strip("-") or "prompt"
+
+
 class RunFolder:
     """The layout of OUTPUT: names only; nothing is created by asking for a name."""
 
@@ -88,8 +93,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

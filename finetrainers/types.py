@@ -77,7 +77,7 @@ class Window:
 class Clip:
     """The pixels of one window, resized and cropped to its bucket."""
 
-    video_FCHW: Tensor  # noqa: N815 - shape suffix
+    video_FCHW: Tensor
     """uint8, RGB."""
     fps: float
 
@@ -112,9 +112,9 @@ class Batch:
     All tensors are fp32 but for the text, which has the text encoder's own type.
     """
 
-    latents_BCFHW: Tensor  # noqa: N815 - shape suffix
-    noise_BCFHW: Tensor  # noqa: N815 - shape suffix
-    sigma_B: Tensor  # noqa: N815 - shape suffix
+    latents_BCFHW: Tensor
+    noise_BCFHW: Tensor
+    sigma_B: Tensor
     """Noise level of each sample in (0, 1)."""
     text: dict[str, Tensor]
     """What the family's text encoder gave, batched: for LTX `prompt_embeds` [B, L, D] and `prompt_attention_mask`."""

@@ -2,72 +2,96 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from finetrainers.config.schema import FREE, FullOptions, LoraOptions, RunConfig
+from finetrainers.config.explain import explain, one_line, shown
+from finetrainers.config.schema import FREE, RunConfig
 from finetrainers.errors import UserError
 from finetrainers.types import Bucket
 
-_METHODS: dict[str, type[BaseModel]] = {"lora": LoraOptions, "full": FullOptions}
-
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice and reads 1e-4 as the number that it is."""
+    """Safe YAML that refuses a key given twice, reads 1e-4 as a number, and says on which line a value is wrong."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        # What PyYAML lets through for a value that does not suit its tag, such as 2024-13-45 or `!!bool maybe`.
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError):
+            text = shown(node.value) if isinstance(node, yaml.ScalarNode) else "this"
+            raise _mistake(f"{text} is not a valid {node.tag.rpartition(':')[2]}", node) from None
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key_node, _ in node.value:
+                if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
+                    key = shown(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                    raise _mistake(f"a key must be a word, but is {key}", key_node)
+                if key_node.value in seen:
+                    raise _mistake(f"key {shown(key_node.value)} is given twice", key_node)
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if isinstance(key, (list, dict)):
-            raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
-        if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+class _Dumper(yaml.SafeDumper):
+    """Writes what _Loader reads back equal: the text 1e-4 is quoted, and line breaks are escaped."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # PyYAML folds Unicode's own line breaks, and loses some, in any style but this.
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _mapping(loader, node, deep=True))
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
 # YAML 1.1 asks for a dot and a signed exponent; people write 1e-4.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+0123456789.")
-)
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
+
+
+def _mistake(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 def _parse_yaml(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise UserError(f"{origin}{where} is not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        first_line = (str(error).splitlines() or ["it cannot be read"])[0]
-        raise UserError(f"{origin} is not valid YAML: {first_line}") from None
+        mark = error.problem_mark or error.context_mark
+        where = f" (line {mark.line + 1})" if mark else ""
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+    except yaml.reader.ReaderError as error:
+        where = f" (line {text.count(chr(10), 0, error.position) + 1})"
+        problem = f"character {shown(chr(error.character))} is not allowed"
+    except RecursionError:
+        where, problem = "", "it is nested too deeply"
+    raise UserError(f"{origin}{where} is not valid YAML: {one_line(problem)}")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a config file and apply overrides. Raises UserError, in one line, for anything that is wrong in either."""
-    path = Path(path)
+    origin = one_line(path, limit=4096)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {origin} does not exist") from None
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(f"config file {path} cannot be read: {reason}") from None
-    content = _parse_yaml(text, str(path))
+        raise UserError(f"config file {origin} cannot be read: {reason}") from None
+    content = _parse_yaml(text, origin)
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold sections such as `model:` and `data:`, but holds {_describe(content)}")
+        raise UserError(f"{origin} must hold sections such as `model:` and `data:`, but holds {shown(content)}")
     for override in overrides or []:
         _apply_override(content, override)
-    return build_config(content, origin=str(path))
+    return build_config(content, origin=origin)
 
 
 def build_config(content: dict[Any, Any], origin: str = "the config") -> RunConfig:
@@ -75,89 +99,24 @@ def build_config(content: dict[Any, Any], origin: str = "the config") -> RunConf
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{origin}: " + "; ".join(_explain(content, error))) from None
-    except (RecursionError, UserError) as error:
-        raise UserError(f"{origin}: {error}") from None
+        raise UserError(f"{origin}: {explain(content, error)}") from None
 
 
 def _apply_override(content: dict[Any, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(f"override {override!r} must be section.key=value, such as training.steps=500")
+        raise UserError(f"override {shown(override)} must be section.key=value, such as training.steps=500")
     target = content
     for part in parts[:-1]:
         if target.get(part) is None:
             target[part] = {}
         target = target[part]
         if not isinstance(target, dict):
-            raise UserError(f"override {override!r}: {part} is {_describe(target)}, which has no keys to set")
-    target[parts[-1]] = _parse_yaml(value, f"the value of override {override!r}")
-
-
-def _describe(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _explain(content: dict[Any, Any], error: ValidationError) -> Iterator[str]:
-    """One short clause a mistake: the key, what is wrong with it, and what would be right."""
-    seen = set()
-    for mistake in error.errors(include_url=False):
-        location = _strip_tags(mistake["loc"])
-        key = ".".join(str(part) for part in location)
-        kind = mistake["type"]
-        if kind == "extra_forbidden":
-            clause = f"unknown key `{key}`{_suggest(content, location)}"
-        elif kind == "missing":
-            clause = f"`{key}` is missing"
-        elif kind == "union_tag_invalid":
-            name = mistake["input"].get("name") if isinstance(mistake["input"], dict) else mistake["input"]
-            close = difflib.get_close_matches(str(name), _METHODS, n=1)
-            hint = f" (did you mean `{close[0]}`?)" if close else ""
-            clause = f"`{key}.name` is {_describe(name)}; it must be one of {', '.join(_METHODS)}{hint}"
-        else:
-            message = mistake["msg"].removeprefix("Value error, ")
-            message = message[0].lower() + message[1:]
-            clause = f"`{key}` is {_describe(mistake['input'])}: {message}"
-        # A union reports each of its members; one line for a key is enough.
-        if key not in seen:
-            seen.add(key)
-            yield clause
-
-
-def _strip_tags(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Drop what pydantic adds for unions and validators: ('method', 'lora', 'rank') -> ('method', 'rank')."""
-    if len(location) > 1 and location[0] == "method" and location[1] in _METHODS:
-        location = (location[0], *location[2:])
-    return tuple(part for part in location if isinstance(part, int) or re.fullmatch(r"[^\[\]()]*", part))
-
-
-def _keys_of(section: str, content: dict[Any, Any]) -> list[str]:
-    if section == "method":
-        method = content.get("method")
-        name = method.get("name", "lora") if isinstance(method, dict) else "lora"
-        return list(_METHODS.get(name, LoraOptions).model_fields)
-    field = RunConfig.model_fields.get(section)
-    kind = field.annotation if field else None
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
-
-
-def _suggest(content: dict[Any, Any], location: tuple[int | str, ...]) -> str:
-    """The nearest key of the same section, or of any; failing both, the keys that the section has."""
-    name = str(location[-1])
-    section = str(location[0]) if len(location) > 1 else ""
-    siblings = _keys_of(section, content) if section else list(RunConfig.model_fields)
-    prefix = f"{section}." if section else ""
-    if len(location) <= 2:
-        if close := difflib.get_close_matches(name, siblings, n=1):
-            return f" (did you mean `{prefix}{close[0]}`?)"
-        everywhere = {key: other for other in RunConfig.model_fields for key in _keys_of(other, content)}
-        if close := difflib.get_close_matches(name, everywhere, n=1):
-            return f" (did you mean `{everywhere[close[0]]}.{close[0]}`?)"
-    return f"; allowed there: {', '.join(siblings)}" if siblings else ""
+            raise UserError(
+                f"override {shown(override)}: `{one_line(part, 40)}` is {shown(target)}, which has no keys to set"
+            )
+    target[parts[-1]] = _parse_yaml(value, f"the value of override {shown(override)}")
 
 
 def fill_defaults(config: RunConfig, defaults: dict[str, Any]) -> RunConfig:
@@ -173,7 +132,7 @@ def fill_defaults(config: RunConfig, defaults: dict[str, Any]) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The config as YAML, every option written out: enough to repeat the run."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -182,10 +141,15 @@ def identity(config: RunConfig) -> dict[str, Any]:
     for section_name, section in config:
         if not isinstance(section, BaseModel):
             continue
-        for name, field in type(section).model_fields.items():
-            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-            if extra.get("resume") != FREE["resume"]:
-                flat[f"{section_name}.{name}"] = section.model_dump(mode="json")[name]
+        values = section.model_dump(mode="json")
+        flat |= {
+            f"{section_name}.{name}": values[name]
+            for name, field in type(section).model_fields.items()
+            if field.json_schema_extra != FREE
+        }
+    # A schedule that bends towards the last step gives other learning rates when that step moves.
+    if not config.optimizer.lr_scheduler.startswith("constant"):
+        flat["training.steps"] = config.training.steps
     return flat
 
 
@@ -193,4 +157,3 @@ def resolved_buckets(config: RunConfig) -> list[Bucket]:
     """`data.buckets` as Bucket objects; they must have been filled in."""
     assert config.data.buckets is not None
     return [Bucket.parse(bucket) for bucket in config.data.buckets]
-

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import re
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.config import JsonDict
 
+from finetrainers.errors import UserError
 from finetrainers.types import Bucket
 
-FREE = {"resume": "free"}
+FREE: JsonDict = {"resume": "free"}
 """Marks an option that may change between a run and its resumption without changing a number of it."""
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -23,14 +32,53 @@ class Section(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read `checkpoint.every: yes` as every step.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("it takes no yes or no")
+        return value
 
-def _one_line(path: str) -> str:
-    if not path.strip() or re.search(r"[\x00-\x1f]", path):
-        raise ValueError("must be a path or a hub id on one line")
+
+def _plain_path(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _on_one_line(path: str) -> str:
+    if not path.strip() or any(ord(char) < 32 for char in path):
+        raise ValueError("it must be a path or a hub id on one line")
     return path
 
 
-PathText = Annotated[str, BeforeValidator(lambda value: str(value) if hasattr(value, "__fspath__") else value)]
+def _bucket(text: str) -> str:
+    try:
+        return str(Bucket.parse(text))
+    except UserError:
+        raise ValueError("it must be FRAMESxHEIGHTxWIDTH in positive whole numbers, such as 49x512x768") from None
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_sources(value: Any) -> Any:
+    """`./clips`, `{path: ./clips}` or a list of either."""
+    entries = value if isinstance(value, list) else [value]
+    return [{"path": entry} if isinstance(entry, (str, os.PathLike)) else entry for entry in entries]
+
+
+def _without_repeats(entries: list[str]) -> list[str]:
+    return list(dict.fromkeys(entries))
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+# The upper bound keeps a slip of the finger from becoming a number that no loop and no file can hold.
+Count = Annotated[int, Field(ge=0, le=10**9)]
+PositiveCount = Annotated[int, Field(ge=1, le=10**9)]
+PathText = Annotated[str, BeforeValidator(_plain_path), AfterValidator(_on_one_line)]
+BucketText = Annotated[str, AfterValidator(_bucket)]
 
 
 class ModelConfig(Section):
@@ -43,26 +91,12 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
 
-    _check_path = field_validator("path")(_one_line)
-
 
 class SourceConfig(Section):
     """One place that clips come from."""
 
     path: PathText
     """A folder of clips, or a csv, jsonl or parquet table."""
-
-    _check_path = field_validator("path")(_one_line)
-
-
-def _as_sources(value: Any) -> Any:
-    """`./clips`, `{path: ./clips}` or a list of either."""
-    entries = value if isinstance(value, list) else [value]
-    return [{"path": entry} if isinstance(entry, str) or hasattr(entry, "__fspath__") else entry for entry in entries]
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class DataConfig(Section):
@@ -72,8 +106,11 @@ class DataConfig(Section):
     """A folder, a csv, jsonl or parquet table, or a list of them (each a path or `{path: ...}`)."""
     validation: Annotated[float, Field(gt=0, lt=1)] | PathText | None = None
     """Held-out clips: a path, or a share (0..1) split off by a hash of each clip. Left out: 5 % from 40 clips up."""
-    buckets: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] | None = None
-    """Sizes that clips are brought to, FRAMESxHEIGHTxWIDTH; each clip takes the best one. Left out: the family's own."""
+    buckets: (
+        Annotated[list[BucketText], BeforeValidator(_as_list), AfterValidator(_without_repeats), Field(min_length=1)]
+        | None
+    ) = None
+    """Sizes that clips are brought to, FRAMESxHEIGHTxWIDTH; each takes the best one. Left out: the family's own."""
     fps: Annotated[float, Field(gt=0, le=1000)] | None = None
     """Frames per second that clips are resampled to. Left out: each clip keeps its own rate."""
     window: Literal["first", "middle", "all"] = "first"
@@ -83,18 +120,11 @@ class DataConfig(Section):
     caption_dropout: Share = 0.05
     """Share of samples that see the empty caption instead of theirs, so that guidance keeps working."""
     num_workers: Annotated[int, Field(ge=0, le=256)] = Field(2, json_schema_extra=FREE)
-    """Threads that decode clips and read batches ahead of the step; 0 reads in the step itself. Never changes a number."""
+    """Threads that decode clips and read batches ahead of the step; 0 reads in the step. Never changes a number."""
     strict: bool = Field(False, json_schema_extra=FREE)
     """Stop, naming each, when any clip cannot be used; otherwise they are named, counted and left out."""
     cache: PathText | None = Field(None, json_schema_extra=FREE)
     """Folder of the encoded dataset, which runs may share. Left out: `cache` in the output folder."""
-
-    @field_validator("buckets")
-    @classmethod
-    def _check_buckets(cls, buckets: list[str] | None) -> list[str] | None:
-        if buckets is None:
-            return None
-        return list(dict.fromkeys(str(Bucket.parse(bucket)) for bucket in buckets))
 
 
 class LoraOptions(Section):
@@ -118,8 +148,13 @@ class FullOptions(Section):
     name: Literal["full"]
 
 
+METHODS: dict[str, type[Section]] = {"lora": LoraOptions, "full": FullOptions}
+"""The options of each method, by the value of `method.name`."""
+
+
 def _method_name(value: Any) -> str:
-    return value.get("name", "lora") if isinstance(value, dict) else getattr(value, "name", "lora")
+    name = value.get("name", "lora") if isinstance(value, dict) else getattr(value, "name", "lora")
+    return name if isinstance(name, str) else ""
 
 
 MethodConfig = Annotated[
@@ -158,18 +193,18 @@ class OptimizerConfig(Section):
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
     """Course of the learning rate over the run, by diffusers' names."""
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    lr_warmup_steps: Count = 0
     """Steps over which the learning rate rises from 0 (not with `constant`)."""
 
 
 class TrainingConfig(Section):
     """The loop."""
 
-    steps: Annotated[int, Field(ge=0)] = Field(1000, json_schema_extra=FREE)
-    """Optimizer steps of the whole run."""
-    batch_size: Annotated[int, Field(ge=1)] = 1
+    steps: Count = Field(1000, json_schema_extra=FREE)
+    """Optimizer steps of the whole run. A resumed run may go on for longer under the constant schedules only."""
+    batch_size: PositiveCount = 1
     """Clips per forward pass, all of one bucket."""
-    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    gradient_accumulation_steps: PositiveCount = 1
     """Forward passes per optimizer step; the gradient equals that of one large batch."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Fixes everything that is drawn: order, noise, noise levels, dropout, initial adapters."""
@@ -198,7 +233,7 @@ class ParallelConfig(Section):
 class ValidationConfig(Section):
     """What is measured and shown while training."""
 
-    every: Annotated[int, Field(ge=0)] = Field(250, json_schema_extra=FREE)
+    every: Count = Field(250, json_schema_extra=FREE)
     """Optimizer steps between validations, the first before step 1; 0 is never."""
     prompts: Annotated[list[str], BeforeValidator(_as_list)] = Field([], json_schema_extra=FREE)
     """Prompts of the sample videos. Left out: captions of held-out clips, or of training clips if there are none."""
@@ -210,25 +245,20 @@ class ValidationConfig(Section):
     """Denoising steps per video."""
     guidance_scale: Annotated[float, Field(ge=0)] | None = Field(None, json_schema_extra=FREE)
     """Strength of the prompt. Left out: the family's own."""
-    bucket: str | None = Field(None, json_schema_extra=FREE)
+    bucket: BucketText | None = Field(None, json_schema_extra=FREE)
     """Size of the videos, FRAMESxHEIGHTxWIDTH. Left out: the first of `data.buckets`."""
     timesteps: Annotated[int, Field(ge=1, le=100)] = Field(4, json_schema_extra=FREE)
     """Noise levels, evenly spread, at which the loss of each held-out clip is measured."""
-
-    @field_validator("bucket")
-    @classmethod
-    def _check_bucket(cls, bucket: str | None) -> str | None:
-        return None if bucket is None else str(Bucket.parse(bucket))
 
 
 class CheckpointConfig(Section):
     """What is saved to go on from, and when."""
 
-    every: Annotated[int, Field(ge=0)] = Field(500, json_schema_extra=FREE)
+    every: Count = Field(500, json_schema_extra=FREE)
     """Optimizer steps between checkpoints, each with the weights to take away; 0 saves only the last."""
-    keep: Annotated[int, Field(ge=1)] | None = Field(3, json_schema_extra=FREE)
+    keep: PositiveCount | None = Field(3, json_schema_extra=FREE)
     """Newest checkpoints to keep; null keeps all."""
-    keep_weights: Annotated[int, Field(ge=1)] | None = Field(None, json_schema_extra=FREE)
+    keep_weights: PositiveCount | None = Field(None, json_schema_extra=FREE)
     """Newest `weights/` folders to keep; null keeps all."""
 
 
@@ -263,5 +293,3 @@ class RunConfig(Section):
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     output: PathText = Field(json_schema_extra=FREE)
     """Folder that the run writes to, and resumes from."""
-
-    _check_output = field_validator("output")(_one_line)

@@ -1,0 +1,153 @@
+"""The verbs and their options: read the command line, load the config, hand over, answer with an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+from finetrainers import __version__
+from finetrainers.errors import Interrupted, RunError, UserError
+
+if TYPE_CHECKING:
+    from finetrainers.config.schema import RunConfig
+
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
+
+VERBS = {
+    "train": "encode what is not yet encoded, train, validate, checkpoint, save weights",
+    "precompute": "only the encoding",
+    "plan": "what would happen: clips and buckets, tokens, steps and epochs, parameters trained",
+    "sample": "render videos with a base model and, if given, trained weights",
+    "models": "the families, variants and tasks that are supported",
+    "demo": "the whole of it, offline, on a tiny model and rendered clips",
+    "doctor": "versions, devices, and which optional features work here",
+    "report": "rebuild a run's report.html",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, one sub-parser a verb."""
+    parser = argparse.ArgumentParser(prog="finetrainers", description="Fine-tune video diffusion models.")
+    parser.add_argument("--version", action="version", version=f"finetrainers {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, summary in VERBS.items():
+        options = verbs.add_parser(verb, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        _ADD_OPTIONS[verb](options)
+        options.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        options.add_argument("--quiet", action="store_true", help="only warnings and errors")
+    return parser
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run's config; docs/options.md lists every key")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that override the file's")
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    _config_options(parser)
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="go on from the newest whole checkpoint of the output folder (auto, the default), start anew and move "
+        "what is there aside (never), or go on from the checkpoint at PATH",
+    )
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    _config_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def _sample_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="hub id or local diffusers folder")
+    parser.add_argument("--prompt", action="append", required=True, help="what to render; may be given several times")
+    parser.add_argument("--lora", metavar="PATH", help="a LoRA file or the folder that holds it")
+    parser.add_argument("--lora-scale", type=float, default=1.0, metavar="X", help="strength of the LoRA (default 1)")
+    parser.add_argument("--transformer", metavar="PATH", help="a fully fine-tuned transformer/ folder")
+    parser.add_argument("--output", default=".", metavar="FOLDER", help="where the mp4 files go (default: here)")
+    parser.add_argument("--size", metavar="FxHxW", help="frames x height x width (default: the family's own)")
+    parser.add_argument("--fps", type=float, help="frames per second (default: the family's own)")
+    parser.add_argument("--steps", type=int, default=30, help="denoising steps (default 30)")
+    parser.add_argument("--guidance-scale", type=float, help="strength of the prompt (default: the family's own)")
+    parser.add_argument("--negative-prompt", default="", help="what the video is guided away from")
+    parser.add_argument("--seed", type=int, default=42, help="the same seed gives the same video (default 42)")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="arithmetic (default bf16)")
+
+
+def _demo_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default="demo-run", metavar="FOLDER", help="where everything goes")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default 60)")
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="output folder of a run")
+
+
+def _no_options(parser: argparse.ArgumentParser) -> None:
+    """The verb has none of its own."""
+
+
+_ADD_OPTIONS = {
+    "train": _train_options,
+    "precompute": _config_options,
+    "plan": _plan_options,
+    "sample": _sample_options,
+    "models": _no_options,
+    "demo": _demo_options,
+    "doctor": _no_options,
+    "report": _report_options,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 the job failed, 2 the command line, the config or the input
+    is wrong, 130 or 143 interrupted by SIGINT or SIGTERM after a checkpoint was saved."""
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else WRONG_INPUT
+    try:
+        _set_up_logging(quiet=args.quiet)
+        return _run(args)
+    except UserError as error:
+        return _fail(args, error, WRONG_INPUT, f"error: {error}")
+    except RunError as error:
+        return _fail(args, error, FAILED, f"failed: {error}")
+    except Interrupted as stop:
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        return _fail(args, error, FAILED, f"failed: {type(error).__name__}: {reason} (--debug shows where)")
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Load what the verb needs, and only then the verb's own module, which may import torch."""
+    given = {key: value for key, value in vars(args).items() if key not in ("verb", "debug", "quiet")}
+    if "overrides" in given:
+        from finetrainers.config.load import load_config
+
+        config: RunConfig = load_config(given.pop("config"), given.pop("overrides"))
+        given["config"] = config
+    command = getattr(importlib.import_module(f"finetrainers.commands.{args.verb}"), args.verb)
+    return command(**given)
+
+
+def _fail(args: argparse.Namespace, error: BaseException, code: int, message: str) -> int:
+    if args.debug:
+        raise error
+    print(f"finetrainers: {message}", file=sys.stderr)
+    return code
+
+
+def _set_up_logging(*, quiet: bool) -> None:
+    """Our own log on stderr, other libraries' warnings with it."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("finetrainers").setLevel(logging.WARNING if quiet else logging.INFO)

@@ -1,0 +1,55 @@
+"""`finetrainers plan`: what a run would do, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from finetrainers.commands.precompute import DTYPES, complete
+from finetrainers.config.schema import RunConfig
+from finetrainers.data.dataset import cache_folder, open_dataset
+from finetrainers.data.index import FileIndex
+from finetrainers.folder import RunFolder
+from finetrainers.methods.find import find_method
+from finetrainers.objectives import build_objective
+from finetrainers.planning import Plan, count_parameters, plan_run
+from finetrainers.training.progress import phase_progress
+
+
+def plan(config: RunConfig, *, json: bool) -> int:
+    """Print the plan; no weights are read, and nothing is written but the index of the clips."""
+    family, config = complete(config, weights=False)
+    folder = cache_folder(config.data, RunFolder(config.output).cache)
+    dataset = open_dataset(config.data, FileIndex(folder / "files.json"), phase_progress)
+    objective_options = config.objective.model_dump()
+    objective = build_objective(objective_options.pop("timestep_sampling"), **objective_options)
+    method = find_method(config.method, family, objective, dtype=DTYPES[config.training.precision])
+    with torch.device("meta"):
+        transformer = family.build_transformer()
+        trained = method.attach(transformer, seed=0)
+    made = plan_run(
+        family,
+        dataset,
+        count_parameters(transformer, trained),
+        method=config.method.name,
+        steps=config.training.steps,
+        batch_size=config.training.batch_size,
+        accumulation=config.training.gradient_accumulation_steps,
+    )
+    print(_as_json(made) if json else _as_text(made))
+    return 0
+
+
+def _as_json(made: Plan) -> str:
+    return json.dumps(made.as_dict(), indent=2)
+
+
+def _as_text(made: Plan) -> str:
+    share = made.trained_parameters / made.parameters
+    lines = [f"{made.family}, {made.method}: trains {made.trained_parameters:,} parameters ({share:.1%} of all)"]
+    lines += [f"  {bucket.bucket}: {bucket.clips} samples of {bucket.tokens:,} tokens" for bucket in made.buckets]
+    lines.append(f"samples: {made.train_samples} to train on, {made.held_out_samples} held out")
+    lines += [f"left out: {problem['name']}: {problem['reason']}" for problem in made.left_out]
+    lines.append(f"steps: {made.steps}, which is {made.epochs:.1f} epochs of {made.batches_per_epoch} batches")
+    return "\n".join(lines)

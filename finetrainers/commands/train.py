@@ -1,0 +1,219 @@
+"""`finetrainers train`: encode what is not yet encoded, train, validate, checkpoint, save weights."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetrainers.commands.precompute import DTYPES, Prepared, encode
+from finetrainers.config.load import identity, resolved_buckets
+from finetrainers.config.schema import RunConfig
+from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream
+from finetrainers.families.base import SamplingOptions
+from finetrainers.folder import RunFolder
+from finetrainers.hashing import digest, seed_for
+from finetrainers.methods.base import Method
+from finetrainers.methods.find import find_method
+from finetrainers.objectives import build_objective
+from finetrainers.reporting.report import write_report
+from finetrainers.training.callback import Callback
+from finetrainers.training.checkpoint import Checkpointer
+from finetrainers.training.memory import MemoryPhases
+from finetrainers.training.metrics import MetricsFile
+from finetrainers.training.optimizer import build_optimizer, build_schedule
+from finetrainers.training.progress import ProgressLine
+from finetrainers.training.saving import WeightsSaver
+from finetrainers.training.signals import StopSignals
+from finetrainers.training.tracking import Trackers, build_trackers
+from finetrainers.training.trainer import Trainer
+from finetrainers.training.validation import HeldOutLoss, SampleVideos, Validation
+from finetrainers.types import Bucket, Sample
+from finetrainers.weights import WeightsFolder, write_card
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, *, resume: str = "auto") -> int:
+    """The main job, from clips to weights; returns 0. Raises Interrupted after a signal, once all is saved."""
+    with StopSignals() as signals:
+        run = RunFolder(config.output)
+        if resume == "never":
+            set_aside(run)
+        prepared = encode(config)
+        config = prepared.config
+        method = build_method(prepared)
+        transformer, trained = load_trained(prepared, method)
+        drawer = build_drawer(prepared, method, prepared.data.train)
+        optimizer = build_optimizer(
+            config.optimizer.name, list(trained.values()), **config.optimizer.model_dump(include=_OPTIMIZER_SETTINGS)
+        )
+        checkpointer = build_checkpointer(prepared)
+        trainer = Trainer(
+            method=method,
+            transformer=transformer,
+            trained=trained,
+            batches=build_stream(prepared, drawer),
+            optimizer=optimizer,
+            schedule=build_schedule(
+                config.optimizer.lr_scheduler,
+                optimizer,
+                warmup_steps=config.optimizer.lr_warmup_steps,
+                steps=config.training.steps,
+            ),
+            engine=prepared.engine,
+            callbacks=build_callbacks(prepared, method, checkpointer),
+            stop_requested=signals.requested,
+            **config.training.model_dump(include=_TRAINING_SETTINGS),
+        )
+        if resume != "never":
+            checkpointer.resume(trainer, resume)
+        signals.defer()
+        trainer.fit()
+        write_report(run)
+        signals.raise_if_requested()
+    print(f"weights: {run.weights / 'latest'}\nreport:  {run.report}")
+    return 0
+
+
+_OPTIMIZER_SETTINGS = {"lr", "betas", "eps", "weight_decay"}
+_TRAINING_SETTINGS = {"steps", "gradient_accumulation_steps", "max_grad_norm", "seed"}
+
+
+def set_aside(run: RunFolder) -> None:
+    """Move what an earlier run left to `previous-N`, so that a run started anew shares nothing with it."""
+    old = [run.checkpoints, run.weights, run.samples, run.metrics, run.memory, run.report]
+    if present := [path for path in old if path.exists()]:
+        number = next(n for n in range(1, 10_000) if not (run.root / f"previous-{n:03d}").exists())
+        target = run.root / f"previous-{number:03d}"
+        target.mkdir()
+        for path in present:
+            path.rename(target / path.name)
+        logger.info("what the earlier run left was moved to %s", target)
+
+
+def build_method(prepared: Prepared) -> Method:
+    """The method on its family and objective."""
+    config = prepared.config
+    options = config.objective.model_dump()
+    objective = build_objective(options.pop("timestep_sampling"), **options)
+    return find_method(config.method, prepared.family, objective, dtype=DTYPES[config.training.precision])
+
+
+def load_trained(prepared: Prepared, method: Method) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
+    """The transformer on its device and the parameters of it that move."""
+    config = prepared.config
+    transformer: Any = prepared.family.load_transformer(method.weights_dtype)
+    # Weights mapped from a file are aligned as the file is; CPU kernels round by alignment, and a resumed run must not.
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.clone()
+    trained = method.attach(transformer, seed_for(config.training.seed, "adapters"))
+    if config.training.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    num_trained = sum(parameter.numel() for parameter in trained.values())
+    num_all = sum(parameter.numel() for parameter in transformer.parameters())
+    logger.info("%s trains %s of %s parameters", method.name, f"{num_trained:,}", f"{num_all:,}")
+    return prepared.engine.prepare(transformer), trained
+
+
+def build_drawer(prepared: Prepared, method: Method, samples: list[Sample]) -> BatchDrawer:
+    """Draws batches of these samples from the cache."""
+    return BatchDrawer(
+        samples=samples,
+        cache=prepared.cache,
+        sample_sigma=method.objective.sample_sigma,
+        seed=prepared.config.training.seed,
+        caption_dropout=prepared.config.data.caption_dropout,
+        empty_text_key=prepared.encoder.text_key(""),
+    )
+
+
+def build_stream(prepared: Prepared, drawer: BatchDrawer) -> BatchStream:
+    """The endless run of training batches, read ahead."""
+    config = prepared.config
+    order = BatchOrder(drawer.samples, batch_size=config.training.batch_size, seed=config.training.seed)
+    logger.info(
+        "%d samples in %d batches an epoch; %d steps are %.1f epochs",
+        len(drawer.samples),
+        order.batches_per_epoch,
+        config.training.steps,
+        config.training.steps * config.training.gradient_accumulation_steps / order.batches_per_epoch,
+    )
+    return BatchStream(order, drawer, config.data.num_workers, pin_memory=prepared.engine.device.type == "cuda")
+
+
+def build_checkpointer(prepared: Prepared) -> Checkpointer:
+    """Saves and resumes; what a resumed run must share is its options, the model's weights and the encoded clips."""
+    config = prepared.config
+    clips = sorted((sample.video_key, sample.text_key) for sample in prepared.data.train)
+    shared = identity(config) | {
+        "the transformer's weights": prepared.family.fingerprint("transformer"),
+        "the training clips and captions": digest(clips),
+    }
+    # Content counts, not where it lies: a model or dataset that was moved is the same.
+    for place in ("model.path", "model.revision", "data.train", "data.validation"):
+        del shared[place]
+    return Checkpointer(
+        prepared.run.checkpoints, every=config.checkpoint.every, keep=config.checkpoint.keep, identity=shared
+    )
+
+
+def build_callbacks(prepared: Prepared, method: Method, checkpointer: Checkpointer) -> list[Callback]:
+    """What hangs on the loop, in the order in which it is called; the checkpoint comes last, when all else is done."""
+    config, run = prepared.config, prepared.run
+    progress = ProgressLine()
+    trackers = Trackers(build_trackers(config.tracking, run, settings=config.model_dump(mode="json")))
+    metrics = MetricsFile(run, listeners=[progress.on_row, trackers.on_row])
+    return [
+        metrics,
+        progress,
+        trackers,
+        MemoryPhases(prepared.memory),
+        build_validation(prepared, method, metrics),
+        WeightsSaver(
+            WeightsFolder(run.weights, keep=config.checkpoint.keep_weights),
+            every=config.checkpoint.every,
+            write_card=lambda folder, step: describe(folder, step, prepared, method),
+        ),
+        checkpointer,
+    ]
+
+
+def build_validation(prepared: Prepared, method: Method, metrics: MetricsFile) -> Validation:
+    """Held-out loss where clips are held out, sample videos where there are prompts."""
+    config, options = prepared.config, prepared.config.validation
+    held_out, videos = None, None
+    if prepared.data.held_out:
+        held_out = HeldOutLoss(build_drawer(prepared, method, prepared.data.held_out), options.timesteps)
+    if prepared.prompts:
+        # Sampling at another rate than training would stretch time, so the clips' most common one is taken.
+        fps = Counter(sample.fps for sample in prepared.data.train).most_common(1)[0][0]
+        videos = SampleVideos(
+            family=prepared.family,
+            cache=prepared.cache,
+            folder=prepared.run,
+            prompts=prepared.prompts,
+            text_keys=[prepared.encoder.text_key(prompt) for prompt in prepared.prompts],
+            negative_key=prepared.encoder.text_key(options.negative_prompt),
+            bucket=Bucket.parse(options.bucket) if options.bucket else resolved_buckets(config)[0],
+            options=SamplingOptions(
+                options.num_inference_steps, options.guidance_scale, fps, seed_for(config.training.seed, "videos")
+            ),
+            dtype=DTYPES[config.training.precision],
+        )
+    return Validation(every=options.every, metrics=metrics, held_out=held_out, videos=videos)
+
+
+def describe(folder: Path, step: int, prepared: Prepared, method: Method) -> None:
+    """The card beside the weights."""
+    write_card(
+        folder,
+        base_model=prepared.config.model.path,
+        family=prepared.family.name,
+        method=method.name,
+        step=step,
+        trigger=prepared.config.data.trigger,
+    )

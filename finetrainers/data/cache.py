@@ -1,0 +1,105 @@
+"""The encoded dataset on disk: tensors under names made from what made them, so that nothing is encoded twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from finetrainers.folder import write_atomically
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["videos", "texts"]
+
+
+class Cache:
+    """A folder of safetensors files, `videos/ab/abcd....safetensors` and `texts/...`; several runs may share it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._whole_file = root / "whole.json"
+        self._whole = self._read_whole()
+
+    def path(self, kind: Kind, key: str) -> Path:
+        return self.root / kind / key[:2] / f"{key}.safetensors"
+
+    def missing(self, kind: Kind, keys: Iterable[str]) -> list[str]:
+        """The keys that must be encoded, each once, in the order given. A damaged file counts as missing, and is said.
+
+        A file's checksum is computed once and remembered with its size and time, so that a large cache opens at once.
+        """
+        found = [key for key in dict.fromkeys(keys) if not self._is_whole(kind, key)]
+        self._save_whole()
+        return found
+
+    def read(self, kind: Kind, key: str) -> dict[str, Tensor]:
+        """The tensors of an entry, mapped from disk."""
+        with safe_open(self.path(kind, key), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+    def write(self, kind: Kind, key: str, tensors: dict[str, Tensor]) -> None:
+        """Store an entry, whole or not at all."""
+        path = self.path(kind, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+        self._whole[key] = [*_stamp(path), zlib.crc32(data)]
+
+    def remember(self) -> None:
+        """Store the checksums of what was written."""
+        self._save_whole()
+
+    def _is_whole(self, kind: Kind, key: str) -> bool:
+        path = self.path(kind, key)
+        try:
+            stamp = _stamp(path)
+        except FileNotFoundError:
+            return False
+        known = self._whole.get(key)
+        if known is not None and known[:2] == stamp:
+            return True
+        try:
+            with safe_open(path, framework="pt"):
+                checksum = zlib.crc32(path.read_bytes())
+        except (SafetensorError, OSError) as error:
+            logger.warning("cache entry %s is damaged and will be encoded again: %s", path.name, error)
+            return False
+        if known is not None and known[2] != checksum:
+            logger.warning("cache entry %s is damaged and will be encoded again: its checksum differs", path.name)
+            return False
+        self._whole[key] = [*stamp, checksum]
+        return True
+
+    def _read_whole(self) -> dict[str, list[int]]:
+        try:
+            known = json.loads(self._whole_file.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError):
+            logger.warning("%s cannot be read; the cache's files are checked again", self._whole_file.name)
+            return {}
+        return {key: stamp for key, stamp in known.items() if isinstance(stamp, list) and len(stamp) == 3}
+
+    def _save_whole(self) -> None:
+        if self._whole:
+            write_atomically(self._whole_file, json.dumps(self._whole))
+
+
+def _stamp(path: Path) -> list[int]:
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns]

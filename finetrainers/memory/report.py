@@ -1,0 +1,60 @@
+"""What a run holds in memory, phase by phase: on a CUDA device its allocator's count, on a CPU the process's size."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_GIB = 2**30
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: since the last phase on a CUDA device, since the process began on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _GIB
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB
+
+
+def allocated_gib(device: torch.device) -> float:
+    """Memory held now. Where the system does not tell a process its size (outside Linux), the peak stands in for it."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / _GIB
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_memory_gib(device)
+    return int(statm.read_text().split()[1]) * resource.getpagesize() / _GIB
+
+
+class MemoryReport:
+    """Writes a row per phase of a run, so that one can see which of them sets the peak."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self._path = path
+        self._device = device
+        self._begun = time.monotonic()
+
+    def phase(self, name: str) -> None:
+        """Write down what the phase that ends here held, and begin a new peak for the next (on a CUDA device)."""
+        row: dict[str, str | float] = {
+            "phase": name,
+            "allocated_gib": allocated_gib(self._device),
+            "peak_gib": peak_memory_gib(self._device),
+        }
+        if self._device.type == "cuda":
+            row["reserved_gib"] = torch.cuda.memory_reserved(self._device) / _GIB
+            torch.cuda.reset_peak_memory_stats(self._device)
+        row["seconds"] = time.monotonic() - self._begun
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        logger.info("Memory, %s: %.2f GiB held, %.2f GiB at most", name, row["allocated_gib"], row["peak_gib"])

@@ -1,0 +1,97 @@
+"""LoRA through peft: small adapters move, the base stays as it is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetrainers.errors import UserError
+from finetrainers.methods.base import Method
+from finetrainers.weights import write_lora
+
+
+class CastingLinear(nn.Linear):
+    """A linear layer with fp32 weights that computes in its input's type.
+
+    peft would compute fp32 adapters in fp32, which keeps a third more activations for the backward pass.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
+
+class Lora(Method):
+    """Adapters of low rank beside frozen weights (Hu et al. 2021, arXiv 2106.09685)."""
+
+    name = "lora"
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
+    def alpha(self) -> float:
+        return self.options.rank if self.options.alpha is None else self.options.alpha
+
+    def attach(self, transformer: Any, seed: int) -> dict[str, nn.Parameter]:
+        from peft import LoraConfig
+
+        targets = self._matched_targets(transformer)
+        transformer.requires_grad_(False)
+        config = LoraConfig(
+            r=self.options.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.options.dropout,
+            target_modules=targets,
+            init_lora_weights=True,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            transformer.add_adapter(config)
+        for module in transformer.modules():
+            if hasattr(module, "lora_A"):
+                _compute_in_input_dtype(module)
+        trained = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+        for parameter in trained.values():
+            parameter.data = parameter.data.float()
+        return trained
+
+    def _matched_targets(self, transformer: nn.Module) -> list[str]:
+        """Whole paths of the linear layers that the option names, so that the file says exactly what was trained."""
+        targets = self.options.target_modules
+        try:
+            matches = (
+                re.compile(targets).fullmatch
+                if isinstance(targets, str)
+                else re.compile(rf"(.*\.)?({'|'.join(map(re.escape, targets))})").fullmatch
+            )
+        except re.error as error:
+            raise UserError(f"method.target_modules {targets!r} is not a regular expression: {error}") from None
+        linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+        found = [name for name in linear if matches(name)]
+        if not found:
+            raise UserError(
+                f"method.target_modules {targets!r} matches no linear layer of the transformer; its layers are named "
+                f"like {', '.join(linear[-6:])}"
+            )
+        return found
+
+    def save(self, transformer: Any, folder: Path) -> None:
+        from peft import get_peft_model_state_dict
+
+        adapters = {name: tensor.detach() for name, tensor in get_peft_model_state_dict(transformer).items()}
+        write_lora(folder, adapters, transformer.peft_config["default"].to_dict())
+
+
+def _compute_in_input_dtype(layer: Any) -> None:
+    """Let a peft layer's adapters compute in the type of the activations, with their weights kept in fp32."""
+    layer.cast_input_dtype_enabled = False
+    for adapters in (layer.lora_A, layer.lora_B):
+        for name, old in adapters.items():
+            new = CastingLinear(old.in_features, old.out_features, bias=False, device="meta")
+            new.weight = old.weight
+            adapters[name] = new

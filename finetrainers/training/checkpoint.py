@@ -1,0 +1,201 @@
+"""Checkpoints: all that is needed to go on exactly, saved whole or not at all, pruned, and resumed from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetrainers.errors import UserError
+from finetrainers.folder import fsync_folder, step_name, steps_in
+from finetrainers.hashing import file_digest
+from finetrainers.training.callback import Callback
+from finetrainers.training.random_state import read_random_state, write_random_state
+from finetrainers.training.state import StepOutcome, TrainState
+from finetrainers.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "COMPLETE.json"
+"""Written last: size and sha256 of each other file. A checkpoint without it, or that differs from it, is not used."""
+
+
+class Checkpointer(Callback):
+    """Saves every so many steps and at the end, keeps the newest, and loads the newest whole one."""
+
+    def __init__(self, folder: Path, *, every: int, keep: int | None, identity: dict[str, Any]) -> None:
+        self.folder = folder
+        self.every = every
+        self.keep = keep
+        self.identity = identity
+        """What a resumed run must share with the run that it continues: options, model, clips."""
+        self._saved_step = -1
+
+    def on_step_end(self, trainer: Trainer, outcome: StepOutcome) -> None:
+        if self.every and outcome.step % self.every == 0:
+            self.save(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if trainer.state.step != self._saved_step:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> Path:
+        """Write `step-N`: under another name first, made durable, then renamed."""
+        for callback in trainer.callbacks:
+            callback.on_checkpoint(trainer)
+        final = self.folder / step_name(trainer.state.step)
+        temporary = self.folder / f".{final.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write(trainer, temporary, self.identity)
+        _complete(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        fsync_folder(self.folder)
+        self._saved_step = trainer.state.step
+        self._prune()
+        logger.info("checkpoint %s saved", final.name)
+        return final
+
+    def resume(self, trainer: Trainer, source: str) -> bool:
+        """Continue from a checkpoint: `auto` takes the newest whole one, a path that one and no other.
+
+        Returns whether there was one. Raises UserError when the path holds none, or when the checkpoint belongs to
+        another config, model or set of clips, naming what differs.
+        """
+        checkpoint = self.newest_whole() if source == "auto" else _at_path(Path(source))
+        if checkpoint is None:
+            return False
+        state = json.loads((checkpoint / "state.json").read_text())
+        _check_identity(checkpoint, state["identity"], self.identity)
+        _read(trainer, checkpoint, state)
+        self._saved_step = trainer.state.step if checkpoint.parent == self.folder else -1
+        logger.info("resumed from %s", checkpoint)
+        return True
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint that is complete; damaged ones are named and passed over."""
+        for checkpoint in reversed(steps_in(self.folder).values()):
+            damage = find_damage(checkpoint)
+            if damage is None:
+                return checkpoint
+            logger.warning("checkpoint %s is damaged (%s); trying the one before it", checkpoint.name, damage)
+        return None
+
+    def _prune(self) -> None:
+        for leftover in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if self.keep is not None:
+            for old in list(steps_in(self.folder).values())[: -self.keep]:
+                shutil.rmtree(old)
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if each of its files is as it was written."""
+    try:
+        expected = json.loads((checkpoint / COMPLETE).read_text())["files"]
+        for name, (size, sha256) in expected.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size or file_digest(file) != sha256:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"{COMPLETE} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{COMPLETE} cannot be read"
+    return None
+
+
+def _at_path(path: Path) -> Path:
+    """The checkpoint that a path means: the folder itself, or the newest under a run's or a checkpoints folder."""
+    for candidate in (path, *reversed([*steps_in(path / "checkpoints").values(), *steps_in(path).values()])):
+        if (candidate / COMPLETE).is_file():
+            damage = find_damage(candidate)
+            if damage:
+                raise UserError(f"--resume {path}: {candidate.name} is damaged ({damage}); name another, or use auto")
+            return candidate
+    raise UserError(
+        f"--resume {path}: there is no complete checkpoint; give a checkpoints/step-N folder, auto or never"
+    )
+
+
+def _check_identity(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    keys = sorted(key for key in saved.keys() | current.keys() if saved.get(key) != current.get(key))
+    if keys:
+        changes = "; ".join(f"{key} was {saved.get(key)!r} and is {current.get(key)!r}" for key in keys)
+        raise UserError(
+            f"{checkpoint} belongs to another run: {changes}. Set it back, choose another output, or start anew with "
+            "--resume never"
+        )
+
+
+def _write(trainer: Trainer, folder: Path, identity: dict[str, Any]) -> None:
+    save_file({name: parameter.detach() for name, parameter in trainer.trained.items()}, folder / "trained.safetensors")
+    tensors, numbers = _split_optimizer_state(trainer.optimizer.state_dict())
+    save_file(tensors, folder / "optimizer.safetensors")
+    save_file(read_random_state(trainer.device), folder / "random.safetensors")
+    state = {
+        "train": asdict(trainer.state),
+        "optimizer": numbers,
+        "schedule": trainer.schedule.state_dict(),
+        "identity": identity,
+        "versions": {"torch": torch.__version__},
+    }
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def _complete(folder: Path) -> None:
+    """Make each file durable, then write down what is there."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.name] = [path.stat().st_size, file_digest(path)]
+    with (folder / COMPLETE).open("w") as file:
+        json.dump({"files": files}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_folder(folder)
+
+
+def _read(trainer: Trainer, folder: Path, state: dict[str, Any]) -> None:
+    saved = load_file(folder / "trained.safetensors")
+    with torch.no_grad():
+        for name, parameter in trainer.trained.items():
+            parameter.copy_(saved[name])
+    trainer.optimizer.load_state_dict(
+        _join_optimizer_state(load_file(folder / "optimizer.safetensors"), state["optimizer"])
+    )
+    trainer.schedule.load_state_dict(state["schedule"])
+    trainer.state = TrainState(**state["train"])
+    write_random_state(load_file(folder / "random.safetensors"), trainer.device)
+
+
+def _split_optimizer_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state as named tensors and as JSON: `17.exp_avg` is parameter 17's running mean."""
+    tensors, numbers = {}, {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.contiguous()
+            else:
+                numbers[f"{index}.{name}"] = value
+    return tensors, {"state": numbers, "param_groups": state["param_groups"]}
+
+
+def _join_optimizer_state(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in (tensors | numbers["state"]).items():
+        index, _, name = key.partition(".")
+        # A copy: a tensor mapped from the file is not aligned as one that torch allocated, and kernels round by that.
+        state.setdefault(int(index), {})[name] = value.clone() if isinstance(value, torch.Tensor) else value
+    return {"state": state, "param_groups": numbers["param_groups"]}

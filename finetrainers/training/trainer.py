@@ -1,0 +1,103 @@
+"""The loop: draw batches, take a step, tell the callbacks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from finetrainers.data.batch import BatchStream, map_tensors
+from finetrainers.engines.base import Engine
+from finetrainers.hashing import seed_for
+from finetrainers.methods.base import Method
+from finetrainers.training.callback import Callback
+from finetrainers.training.state import StepOutcome, TrainState
+from finetrainers.types import Batch
+
+
+@dataclass
+class Trainer:
+    """Everything that a run is made of, put together; `fit` runs it to its end or to the first request to stop."""
+
+    method: Method
+    transformer: torch.nn.Module
+    trained: dict[str, torch.nn.Parameter]
+    batches: BatchStream
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    engine: Engine
+    callbacks: Sequence[Callback]
+    steps: int
+    gradient_accumulation_steps: int
+    max_grad_norm: float
+    seed: int
+    stop_requested: Callable[[], bool] = lambda: False
+    state: TrainState = field(default_factory=TrainState)
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run ends before its last step because it was asked to."""
+        return self.stop_requested() and self.state.step < self.steps
+
+    def fit(self) -> None:
+        """Train from `state` to the last step. The callbacks are closed however it ends."""
+        stream = self.batches.start(self.state.batches)
+        try:
+            for callback in self.callbacks:
+                callback.on_start(self)
+            self.transformer.train()
+            since = time.perf_counter()
+            while self.state.step < self.steps and not self.stop_requested():
+                outcome = self.step(stream, since)
+                since += outcome.step_time
+                for callback in self.callbacks:
+                    callback.on_step_end(self, outcome)
+            for callback in self.callbacks:
+                callback.on_end(self)
+        finally:
+            for callback in self.callbacks:
+                callback.close()
+
+    def step(self, stream: Iterator[tuple[int, Batch]], since: float) -> StepOutcome:
+        """One optimizer step over `gradient_accumulation_steps` batches, each sample weighing the same."""
+        # The only draws not made with the batch are a method's own, such as LoRA dropout.
+        torch.manual_seed(seed_for(self.seed, "step", self.state.step))
+        waited = time.perf_counter()
+        drawn = [next(stream) for _ in range(self.gradient_accumulation_steps)]
+        data_time = time.perf_counter() - waited
+        num_samples = sum(batch.size for _, batch in drawn)
+        loss = torch.zeros((), device=self.device)
+        for _, batch in drawn:
+            share = self.loss(batch).sum() / num_samples
+            self.engine.backward(share)
+            loss += share.detach()
+        lr = self.optimizer.param_groups[0]["lr"]
+        grad_norm = self.engine.clip_grad_norm(list(self.trained.values()), self.max_grad_norm)
+        self.engine.step(self.optimizer)
+        self.schedule.step()
+        self.state.step += 1
+        self.state.batches += len(drawn)
+        self.state.samples += num_samples
+        return StepOutcome(
+            step=self.state.step,
+            epoch=drawn[0][0],
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            step_time=time.perf_counter() - since,
+            data_time=data_time,
+            num_samples=num_samples,
+            num_tokens=sum(batch.num_tokens for _, batch in drawn),
+        )
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Loss of each sample of a batch [B], on the device."""
+        batch = map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
+        return self.method.loss(self.transformer, batch)
