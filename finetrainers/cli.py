@@ -147,7 +147,14 @@ def _fail(args: argparse.Namespace, error: BaseException, code: int, message: st
     return code
 
 
+class _StderrHandler(logging.Handler):
+    """Looks stderr up at each line, so that a live progress line can stand below the log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def _set_up_logging(*, quiet: bool) -> None:
     """Our own log on stderr, other libraries' warnings with it."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[_StderrHandler()], format="%(message)s", force=True)
     logging.getLogger("finetrainers").setLevel(logging.WARNING if quiet else logging.INFO)

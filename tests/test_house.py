@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: what is imported when, what is never written, how large things grow."""
+"""The rules of the house that a machine can check: what is imported when, what is never written, what is too long."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "finetrainers"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "diffusers", "transformers", "peft"}
-
-# ---- Import cost: help and config errors answer without the heavy packages.
 
 PROBE = f"""
 import json, sys
@@ -72,9 +70,6 @@ def test_help_is_quick():
     assert min(seconds) < 1.0, seconds
 
 
-# ---- What is never written. Each rule yields the offending nodes of a module.
-
-
 def name_of(node: ast.AST) -> str:
     """`a.b.c` for a name or a chain of attributes, else an empty string."""
     if isinstance(node, ast.Name):
@@ -116,7 +111,7 @@ def called(node: ast.Call, bound: dict[str, str]) -> str:
 
 
 UNSAFE_MODULES = {
-    "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "requests", "urllib", "urllib3", "ftplib", "telnetlib"
+    "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "requests", "urllib", "urllib3", "ftplib"
 }  # fmt: skip
 UNSAFE_CALLS = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load",
@@ -178,9 +173,12 @@ def swallowed_exceptions(tree: ast.AST) -> Iterator[ast.AST]:
             broad = any(kind is None or name_of(kind) in ("Exception", "BaseException") for kind in kinds)
             if broad and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node)):
                 yield node
-        elif isinstance(node, ast.Call) and name_of(node.func).endswith("suppress"):
-            if any(name_of(kind) in ("Exception", "BaseException") for kind in node.args):
-                yield node
+        elif (
+            isinstance(node, ast.Call)
+            and name_of(node.func).endswith("suppress")
+            and any(name_of(kind) in ("Exception", "BaseException") for kind in node.args)
+        ):
+            yield node
 
 
 Rule = Callable[[ast.AST], Iterator[ast.AST]]
@@ -267,9 +265,6 @@ def test_rule(rule):
     assert [place(path, node) for path in SOURCES for node in find(parse(path))] == []
 
 
-# ---- How large things grow.
-
-
 def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     return (node for node in ast.walk(parse(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
 
@@ -321,14 +316,13 @@ def test_every_module_stands_on_a_floor():
     assert homeless == []
 
 
-# ---- What people outside rely on.
-
-RELIED_ON = """
-model.path model.task data.train data.buckets data.caption_dropout data.num_workers method.name method.rank method.alpha
-optimizer.name optimizer.lr training.steps training.batch_size training.gradient_accumulation_steps training.seed
-training.precision training.max_grad_norm training.gradient_checkpointing parallel.strategy checkpoint.every
-checkpoint.keep validation.every output
-""".split()
+RELIED_ON = {
+    "model.path", "model.task", "data.train", "data.buckets", "data.caption_dropout", "data.num_workers",
+    "method.name", "method.rank", "method.alpha", "optimizer.name", "optimizer.lr", "training.steps",
+    "training.batch_size", "training.gradient_accumulation_steps", "training.seed", "training.precision",
+    "training.max_grad_norm", "training.gradient_checkpointing", "parallel.strategy", "checkpoint.every",
+    "checkpoint.keep", "validation.every", "output",
+}  # fmt: skip
 
 
 def test_keys_that_others_rely_on_are_there():
@@ -336,7 +330,7 @@ def test_keys_that_others_rely_on_are_there():
     for name, field in RunConfig.model_fields.items():
         kinds = METHODS.values() if name == "method" else [field.annotation]
         keys |= {f"{name}.{key}" for kind in kinds for key in getattr(kind, "model_fields", {})}
-    assert set(RELIED_ON) <= keys
+    assert keys >= RELIED_ON
 
 
 def committed_texts() -> dict[str, str]:
@@ -377,8 +371,17 @@ def shown_commands(page: str) -> list[list[str]]:
 
 
 def test_shown_commands_are_found():
-    page = "```bash\nfinetrainers train a.yaml \\\n  training.steps=5  # short\npip install finetrainers\n```\n```yaml\nfinetrainers x\n```\n"
-    page += "```bash\nHF_HUB_OFFLINE=1 torchrun -m finetrainers demo\n```\n"
+    page = """
+```bash
+finetrainers train a.yaml \\
+  training.steps=5  # short
+pip install finetrainers
+HF_HUB_OFFLINE=1 torchrun -m finetrainers demo
+```
+```yaml
+finetrainers: x
+```
+"""
     assert shown_commands(page) == [["train", "a.yaml", "training.steps=5"], ["demo"]]
 
 

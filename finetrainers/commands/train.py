@@ -85,7 +85,7 @@ _TRAINING_SETTINGS = {"steps", "gradient_accumulation_steps", "max_grad_norm", "
 
 def set_aside(run: RunFolder) -> None:
     """Move what an earlier run left to `previous-N`, so that a run started anew shares nothing with it."""
-    old = [run.checkpoints, run.weights, run.samples, run.metrics, run.memory, run.report]
+    old = [run.checkpoints, run.weights, run.samples, run.metrics, run.memory, run.report, run.root / "wandb_run_id.txt"]
     if present := [path for path in old if path.exists()]:
         number = next(n for n in range(1, 10_000) if not (run.root / f"previous-{n:03d}").exists())
         target = run.root / f"previous-{number:03d}"

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import av
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -24,6 +25,10 @@ _FORMATS = "asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mov,mpeg,mpegts,mpegvi
 """FFmpeg also reads playlists, which open other files and addresses, and draws text files as pictures: not here."""
 _PATIENCE_SECONDS = 30.0
 """Longest wait for the next frame of a file, or for one read from it."""
+
+
+_UNSEEKABLE = ("flv", "mpeg")
+"""Decoded from the beginning, since FFmpeg finds neither the way back to it nor, in mpeg, the time of each frame."""
 
 
 class ShownFrame(NamedTuple):
@@ -102,7 +107,7 @@ def is_timed(container: InputContainer, stream: VideoStream) -> bool:
 
 def turn_of(frame: VideoFrame) -> Turn:
     """How the frame's display matrix turns it. The matrix maps x to a x + c y, and y to b x + d y."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return Turn(False, False, False)
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
@@ -146,7 +151,10 @@ def frames_from(
     """The frames in order, from the one on screen at `start_seconds` or an earlier one. `fps` stands in where frames
     carry no time or no duration."""
     timed = is_timed(container, stream)
-    frames = _seek(container, stream, start_seconds) if timed and start_seconds > 0 else decode(container, stream)
+    if timed and start_seconds > 0 and container.format.name not in _UNSEEKABLE:
+        frames = _seek(container, stream, start_seconds)
+    else:
+        frames = decode(container, stream)
     seconds = -1 / fps
     for frame in frames:
         if timed and frame.pts is not None:
@@ -189,11 +197,19 @@ def tick_seconds(stream: VideoStream) -> float:
     return float(stream.time_base)
 
 
+def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+    """The stream's packets in the order in which they are stored; the last one is empty and flushes the decoder."""
+    try:
+        yield from container.demux(stream)
+    except IndexError as error:  # PyAV knows only the streams that were there at the start
+        raise UnusableClip("has a stream that begins in the middle, or is damaged") from error
+
+
 def decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """The frames in the order in which they are shown. What comes before the first key frame cannot be decoded and is
     passed over; damage behind it raises UnusableClip, as does a file that keeps one waiting."""
     has_begun, since = False, time.monotonic()
-    for packet in container.demux(stream):
+    for packet in packets_of(container, stream):
         try:
             frames = packet.decode()
         except av.error.InvalidDataError as error:

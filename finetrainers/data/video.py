@@ -12,18 +12,20 @@ import numpy as np
 import torch
 from av.container import InputContainer
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
 from finetrainers.data.bucket import cover
 from finetrainers.data.container import (
+    ShownFrame,
     check_file,
     frame_seconds,
     frames_from,
     is_timed,
     is_track_turned,
     open_container,
+    packets_of,
     picture_stream,
     pixel_aspect,
     seconds_of,
@@ -40,18 +42,13 @@ _LARGEST_PIXELS = 2**27
 _NUM_THREADS = 2
 _USUAL_FPS = 25.0
 """Of a file that tells neither its rate nor when its frames are shown."""
-_SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
+_ACCURATE_RND = 0x40000
+"""swscale's SWS_ACCURATE_RND, which PyAV names from 18 on."""
+_SCALING = Interpolation.BICUBIC.value | _ACCURATE_RND
 """Antialiased when it reduces, and the same filter that images go through."""
-_COLORSPACES = {
-    1: Colorspace.ITU709,
-    4: Colorspace.FCC,
-    5: Colorspace.ITU601,
-    6: Colorspace.ITU601,
-    7: Colorspace.SMPTE240M,
-    9: Colorspace.BT2020,
-    10: Colorspace.BT2020,
-}
-"""From the matrix that a frame names (ITU-T H.273) to swscale's."""
+_BT709, _BT601 = 1, 5
+_MATRICES = {1: _BT709, 4: 4, 5: _BT601, 6: _BT601, 7: 7, 9: 9, 10: 9}
+"""From the matrix that a frame names (ITU-T H.273) to swscale's number for it; PyAV names all of them from 18 on."""
 
 
 def probe(path: Path) -> Media:
@@ -95,7 +92,7 @@ def read_window(path: Path, media: Media, window: Window, *, height: int, width:
             following = next(frames, None) if held.seconds <= moments[-1] - tolerance else None
             end = following.seconds - tolerance if following else held.end_seconds + tolerance
             while row < window.num_frames and moments[row] < end:
-                painter.paint(held.frame, pixels_FCHW[row])
+                painter.paint(held, pixels_FCHW[row])
                 row += 1
             held = following
     if row < window.num_frames:
@@ -118,14 +115,14 @@ def write_video(path: Path, video_FHWC: np.ndarray, fps: float) -> None:
             codec = "libx264" if "libx264" in av.codecs_available else container.default_video_codec
             stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options={"crf": "18"})
             stream.pix_fmt, stream.height, stream.width = "yuv420p", height + height % 2, width + width % 2
-            stream.codec_context.colorspace, stream.codec_context.color_range = 1, ColorRange.MPEG
+            stream.codec_context.colorspace, stream.codec_context.color_range = _BT709, ColorRange.MPEG
             reformatter = VideoReformatter()
             for index in range(num_frames):
                 picture = VideoFrame.from_ndarray(np.ascontiguousarray(padded_FHWC[index]), format="rgb24")
                 frame = reformatter.reformat(
                     picture,
                     format="yuv420p",
-                    dst_colorspace=Colorspace.ITU709,
+                    dst_colorspace=_BT709,
                     src_color_range=ColorRange.JPEG,
                     dst_color_range=ColorRange.MPEG,
                     interpolation=_SCALING,
@@ -144,14 +141,15 @@ class _Painter:
     def __init__(self, pixel_aspect: float) -> None:
         self._pixel_aspect = pixel_aspect
         self._reformatter = VideoReformatter()
-        self._last: tuple[VideoFrame, np.ndarray] | None = None
+        self._last: tuple[ShownFrame, np.ndarray] | None = None
 
-    def paint(self, frame: VideoFrame, pixels_CHW: np.ndarray) -> None:
-        if self._last and self._last[0] is frame:
+    def paint(self, shown: ShownFrame, pixels_CHW: np.ndarray) -> None:
+        if self._last and self._last[0] is shown:
             pixels_CHW[:] = self._last[1]
             return
+        frame = shown.frame
         if frame.is_corrupt:
-            raise UnusableClip(f"is damaged: the frame at {frame.time:.2f} s is not whole")
+            raise UnusableClip(f"is damaged: the frame at {shown.seconds:.2f} s is not whole")
         turn = turn_of(frame)
         height, width = pixels_CHW.shape[1:]
         if turn.is_transposed:
@@ -165,8 +163,8 @@ class _Painter:
             scaled_width,
             scaled_height,
             format="gbrp",
-            src_colorspace=_colorspace(frame),
-            dst_colorspace=_colorspace(frame),
+            src_colorspace=_matrix(frame),
+            dst_colorspace=_matrix(frame),
             src_color_range=_color_range(frame),
             dst_color_range=ColorRange.JPEG,
             interpolation=_SCALING,
@@ -178,13 +176,13 @@ class _Painter:
             if turn.is_transposed:
                 pixels_HW = pixels_HW.T
             channel[:] = pixels_HW[:: -1 if turn.flips_rows else 1, :: -1 if turn.flips_columns else 1]
-        self._last = frame, pixels_CHW
+        self._last = shown, pixels_CHW
 
 
-def _colorspace(frame: VideoFrame) -> Colorspace:
+def _matrix(frame: VideoFrame) -> int:
     """The frame's own; where it names none, BT.709 for HD and BT.601 below it, as players assume."""
     is_hd = max(frame.width, frame.height) >= 1280 or min(frame.width, frame.height) > 576
-    return _COLORSPACES.get(frame.colorspace, Colorspace.ITU709 if is_hd else Colorspace.ITU601)
+    return _MATRICES.get(frame.colorspace, _BT709 if is_hd else _BT601)
 
 
 def _color_range(frame: VideoFrame) -> ColorRange:
@@ -214,7 +212,7 @@ def _media_from_packets(container: InputContainer) -> Media:
     stream = picture_stream(container)
     rate = float(stream.average_rate or stream.guessed_rate or _USUAL_FPS)
     first, num_frames, ends = None, 0, [0.0]
-    for packet in container.demux(stream):
+    for packet in packets_of(container, stream):
         if packet.size and not packet.is_discard:
             num_frames += 1
             if packet.pts is not None and is_timed(container, stream):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,7 +12,7 @@ from typing import Literal
 Point = tuple[float, float]
 
 _WIDTH, _HEIGHT = 560, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 28
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 12, 28
 _MOST_POINTS = 800
 
 
@@ -34,8 +35,20 @@ def smoothed(points: Sequence[Point], *, decay: float) -> list[Point]:
     return means
 
 
+def running_median(points: Sequence[Point], *, width: int) -> list[Point]:
+    """Median of the newest `width` values at each step: what is usual, whatever single values stand out."""
+    window: list[float] = []
+    medians = []
+    for index, (x, y) in enumerate(points):
+        insort(window, y)
+        if len(window) > width:
+            del window[bisect_left(window, points[index - width][1])]
+        medians.append((x, window[len(window) // 2]))
+    return medians
+
+
 def chart(title: str, curves: Sequence[Curve]) -> str:
-    """A figure of curves over steps. The values of the last curve are named in its caption."""
+    """A figure of curves over steps. Its caption has the end of the last curve and the extremes of the first."""
     xs = [x for curve in curves for x, _ in curve.points]
     x_low, x_high = min(xs), max(xs)
     y_low, y_high = _frame([y for curve in curves for _, y in curve.points])
@@ -55,8 +68,8 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
         parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{number_text(tick)}</text>')
     for curve in curves:
         parts.extend(_draw(curve, place))
-    main = [y for _, y in curves[-1].points]
-    summary = f"last {number_text(main[-1])} · lowest {number_text(min(main))} · highest {number_text(max(main))}"
+    last, every = curves[-1].points[-1][1], [y for _, y in curves[0].points]
+    summary = f"last {number_text(last)} · lowest {number_text(min(every))} · highest {number_text(max(every))}"
     return (
         f"<figure><figcaption><b>{escape(title)}</b> <span>{summary}</span></figcaption>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)} over steps">'

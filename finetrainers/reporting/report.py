@@ -15,7 +15,7 @@ import yaml
 
 from finetrainers.errors import UserError
 from finetrainers.folder import RunFolder, read_rows, write_atomically
-from finetrainers.reporting.charts import Curve, Point, chart, number_text, smoothed
+from finetrainers.reporting.charts import Curve, Point, chart, number_text, running_median, smoothed
 from finetrainers.reporting.videos import video_table
 
 VIDEO_BUDGET_BYTES = 40 * 2**20
@@ -62,18 +62,18 @@ def _points(rows: Iterable[Row], name: str) -> list[Point]:
 
 
 def _curves(rows: Sequence[Row]) -> str:
-    def trend(name: str) -> list[Curve]:
-        points = _points(rows, name)
-        # Over about a twentieth of the run, so that it shows in short runs and in long ones.
-        decay = 1 - 1 / max(4, min(100, len(points) / 20))
-        return [Curve(points, "faint"), Curve(smoothed(points, decay=decay), "line")]
-
+    loss, grad_norm, step_time = (_points(rows, name) for name in ("loss", "grad_norm", "step_time"))
+    # A twentieth of the run, so that the trend shows in short runs and in long ones.
+    width = max(4, min(100, len(loss) // 20))
     charts = [
-        ("Loss, smoothed", trend("loss")),
+        ("Loss, smoothed", [Curve(loss, "faint"), Curve(smoothed(loss, decay=1 - 1 / width), "line")]),
         ("Validation loss", [Curve(_points(rows, "validation_loss"), "dots")]),
-        ("Gradient norm, smoothed", trend("grad_norm")),
+        ("Gradient norm, median", [Curve(grad_norm, "faint"), Curve(running_median(grad_norm, width=width), "line")]),
         ("Learning rate", [Curve(_points(rows, "lr"), "line")]),
-        ("Seconds per step, smoothed", trend("step_time")),
+        (
+            "Seconds per step, median",
+            [Curve(step_time, "faint"), Curve(running_median(step_time, width=width), "line")],
+        ),
         ("Peak memory, GiB", [Curve(_points(rows, "memory_gib"), "line")]),
     ]
     drawn = "".join(chart(title, curves) for title, curves in charts if curves[0].points)

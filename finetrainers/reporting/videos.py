@@ -56,7 +56,7 @@ def video_table(folder: RunFolder, *, budget_bytes: int) -> str:
     table = f"<thead><tr><th>prompt</th>{head}</tr></thead>{''.join(body)}"
     return (
         f"<div class='wide'><table class='videos' style='--columns: {len(shown)}'>{table}</table></div>"
-        + _left_out_text(left_out, shown)
+        + _left_out_text(left_out, shown, num_videos=len(taken) + len(left_out))
     )
 
 
@@ -75,9 +75,10 @@ def _cell(video: _Video | None, taken: set[Path]) -> str:
     return f"<td><video controls loop muted autoplay playsinline src='data:video/mp4;base64,{data}'></video></td>"
 
 
-def _left_out_text(left_out: list[_Video], shown: list[int]) -> str:
+def _left_out_text(left_out: list[_Video], shown: list[int], *, num_videos: int) -> str:
     if not left_out:
         return ""
     gone = sorted({video.step for video in left_out} - set(shown))
     places = f": {', '.join(step_name(step) for step in gone)}" if gone else ""
-    return f"<p class='quiet'>{len(left_out)} videos were left out to keep this page small{places}; see samples/.</p>"
+    counted = f"{len(left_out)} of {num_videos} videos are left out"
+    return f"<p class='quiet'>{counted} to keep this page small{places}; see samples/.</p>"

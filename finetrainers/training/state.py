@@ -33,7 +33,7 @@ class StepOutcome:
     """Global norm before clipping, fp32 scalar."""
     lr: float
     step_time: float
-    """Seconds from the end of the last step to the end of this one, waiting for data included."""
+    """Seconds of the step, waiting for data included; validations and checkpoints are not in it."""
     data_time: float
     """Seconds of it spent waiting for batches."""
     num_samples: int

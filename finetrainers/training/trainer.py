@@ -53,10 +53,8 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(self)
             self.transformer.train()
-            since = time.perf_counter()
             while self.state.step < self.steps and not self.stop_requested():
-                outcome = self.step(stream, since)
-                since += outcome.step_time
+                outcome = self.step(stream)
                 for callback in self.callbacks:
                     callback.on_step_end(self, outcome)
             for callback in self.callbacks:
@@ -65,13 +63,13 @@ class Trainer:
             for callback in self.callbacks:
                 callback.close()
 
-    def step(self, stream: Iterator[tuple[int, Batch]], since: float) -> StepOutcome:
+    def step(self, stream: Iterator[tuple[int, Batch]]) -> StepOutcome:
         """One optimizer step over `gradient_accumulation_steps` batches, each sample weighing the same."""
+        begun = time.perf_counter()
+        drawn = [next(stream) for _ in range(self.gradient_accumulation_steps)]
+        data_time = time.perf_counter() - begun
         # The only draws not made with the batch are a method's own, such as LoRA dropout.
         torch.manual_seed(seed_for(self.seed, "step", self.state.step))
-        waited = time.perf_counter()
-        drawn = [next(stream) for _ in range(self.gradient_accumulation_steps)]
-        data_time = time.perf_counter() - waited
         num_samples = sum(batch.size for _, batch in drawn)
         loss = torch.zeros((), device=self.device)
         for _, batch in drawn:
@@ -91,7 +89,7 @@ class Trainer:
             loss=loss,
             grad_norm=grad_norm,
             lr=lr,
-            step_time=time.perf_counter() - since,
+            step_time=time.perf_counter() - begun,
             data_time=data_time,
             num_samples=num_samples,
             num_tokens=sum(batch.num_tokens for _, batch in drawn),

@@ -13,7 +13,7 @@ import yaml
 
 from finetrainers.errors import UserError
 from finetrainers.folder import RunFolder, step_name
-from finetrainers.reporting.charts import number_text, smoothed, thinned, ticks
+from finetrainers.reporting.charts import number_text, running_median, smoothed, thinned, ticks
 from finetrainers.reporting.report import write_report
 
 HOSTILE = """</td></video><script>alert('1')</script><img src="http://evil.example/x" onerror=alert(2)>$title&amp;'"""
@@ -145,7 +145,7 @@ def test_it_shows_the_run_in_numbers_that_were_derived(folder: RunFolder) -> Non
     }
     for note in ("of 100, epoch 2", "3 s per step", "at step 50", "-25.0 % since step 0"):
         assert note in page.texts
-    for title in ("Loss, smoothed", "Validation loss", "Gradient norm, smoothed", "Learning rate", "Peak memory, GiB"):
+    for title in ("Loss, smoothed", "Validation loss", "Gradient norm, median", "Learning rate", "Peak memory, GiB"):
         assert title in page.texts
     assert [text for text in page.texts if text.startswith("step 50:")] == ["step 50: 0.5"]
     for setting in ("[{path: ./clips}]", "true", "–", str(folder.root)):
@@ -169,9 +169,13 @@ def test_videos_stand_in_rows_by_prompt_and_columns_by_step(folder: RunFolder) -
     [
         # A video of 300 bytes is 400 in the page.
         (6 * 400, [0, 50, 100], None),
-        (6 * 400 - 1, [0, 50, 100], "1 videos were left out to keep this page small; see samples/."),
-        (4 * 400, [0, 100], "2 videos were left out to keep this page small: step-00000050; see samples/."),
-        (2 * 400, [0], "4 videos were left out to keep this page small: step-00000050, step-00000100; see samples/."),
+        (6 * 400 - 1, [0, 50, 100], "1 of 6 videos are left out to keep this page small; see samples/."),
+        (4 * 400, [0, 100], "2 of 6 videos are left out to keep this page small: step-00000050; see samples/."),
+        (
+            2 * 400,
+            [0],
+            "4 of 6 videos are left out to keep this page small: step-00000050, step-00000100; see samples/.",
+        ),
     ],
 )
 def test_the_first_and_the_newest_videos_are_kept(
@@ -230,6 +234,17 @@ def test_many_problems_are_counted_and_not_all_listed(folder: RunFolder) -> None
 )
 def test_ticks_are_round_numbers(low: float, high: float, count: int, expected: list[float]) -> None:
     assert ticks(low, high, count=count) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_running_median_passes_over_what_stands_out() -> None:
+    points = [(step, value) for step, value in enumerate([1.0, 3.0, 900.0, 2.0, 2.0, 5.0])]
+    # Windows 1 | 1 3 | 1 3 900 | 3 900 2 | 900 2 2 | 2 2 5; of two values the upper one.
+    assert running_median(points, width=3) == [(0, 1.0), (1, 3.0), (2, 3.0), (3, 3.0), (4, 2.0), (5, 2.0)]
+
+
+def test_smoothing_has_no_bias_at_the_start() -> None:
+    # (0.5 * 1 + 4) / (0.5 + 1) = 3
+    assert smoothed([(1, 1.0), (2, 4.0)], decay=0.5) == [(1, 1.0), (2, 3.0)]
 
 
 def test_thinning_keeps_every_peak() -> None:

@@ -17,17 +17,6 @@ from finetrainers.training.state import StepOutcome, TrainState
 
 COLUMNS = ["step", "epoch", "loss", "grad_norm", "lr", "step_time", "data_time"]
 COLUMNS += ["samples_per_s", "tokens_per_s", "memory_gib"]
-    "step",
-    "epoch",
-    "loss",
-    "grad_norm",
-    "lr",
-    "step_time",
-    "data_time",
-    "samples_per_s",
-    "tokens_per_s",
-    "memory_gib",
-]
 
 
 def trainer_at(step: int, device: str = "cpu") -> Any:

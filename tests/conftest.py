@@ -1,0 +1,20 @@
+"""What tests of every room may ask for."""
+
+import os
+
+# Before torch is imported: several test processes share few cores, and OpenMP's threads spin while they wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> Path:
+    """A folder of filmed clips with a metadata.csv: `../shared/videos`, or where $FINETRAINERS_CLIPS says."""
+    folder = Path(os.environ.get("FINETRAINERS_CLIPS", Path(__file__).parents[2] / "shared" / "videos"))
+    if not (folder / "metadata.csv").is_file():
+        pytest.skip(f"no real clips in {folder}; name their folder in FINETRAINERS_CLIPS")
+    return folder
