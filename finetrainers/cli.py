@@ -6,7 +6,7 @@ import argparse
 import importlib
 import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from finetrainers import __version__
 from finetrainers.errors import Interrupted, RunError, UserError
@@ -28,9 +28,16 @@ VERBS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Answers a wrong command line by one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_INPUT, f"finetrainers: error: {message} (`{self.prog} --help` shows what there is)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line, one sub-parser a verb."""
-    parser = argparse.ArgumentParser(prog="finetrainers", description="Fine-tune video diffusion models.")
+    parser = _Parser(prog="finetrainers", description="Fine-tune video diffusion models.")
     parser.add_argument("--version", action="version", version=f"finetrainers {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, summary in VERBS.items():
@@ -107,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 the job failed, 2 the command line, the config or the input
     is wrong, 130 or 143 interrupted by SIGINT or SIGTERM after a checkpoint was saved."""
     try:
-        args = build_parser().parse_args(argv)
+        args = _parse(argv)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else WRONG_INPUT
     try:
@@ -126,6 +133,17 @@ def main(argv: list[str] | None = None) -> int:
             raise
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         return _fail(args, error, FAILED, f"failed: {type(error).__name__}: {reason} (--debug shows where)")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line; overrides may also stand behind options, where argparse alone would not take them."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if strange := [word for word in rest if word.startswith("-") or "overrides" not in args]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _run(args: argparse.Namespace) -> int:

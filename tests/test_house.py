@@ -316,6 +316,16 @@ def test_every_module_stands_on_a_floor():
     assert homeless == []
 
 
+def test_the_tree_of_the_architecture_page_is_the_package():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    shown, folders = set(), {}
+    for indent, name in re.findall(r"^( *)([\w.]+(?:\.py|/))", page.split("```")[1], flags=re.MULTILINE):
+        folders[len(indent)] = name
+        if name.endswith(".py"):
+            shown.add("".join(folders[depth] for depth in sorted(folders) if depth < len(indent)) + name)
+    assert shown == {path.relative_to(ROOT).as_posix() for path in SOURCES if path.name != "__init__.py"}
+
+
 RELIED_ON = {
     "model.path", "model.task", "data.train", "data.buckets", "data.caption_dropout", "data.num_workers",
     "method.name", "method.rank", "method.alpha", "optimizer.name", "optimizer.lr", "training.steps",

@@ -11,7 +11,7 @@ import torch
 from finetrainers.config.load import dump_config, fill_defaults, resolved_buckets
 from finetrainers.config.schema import RunConfig
 from finetrainers.data.cache import Cache
-from finetrainers.data.dataset import cache_folder, open_dataset, report_problems
+from finetrainers.data.dataset import cache_folder, name_problems, open_dataset
 from finetrainers.data.index import FileIndex
 from finetrainers.encoding import EncodedDataset, Encoder, encode_dataset
 from finetrainers.engines.base import Engine
@@ -74,9 +74,11 @@ def encode(config: RunConfig) -> Prepared:
         encoder, dataset, trigger=config.data.trigger, prompts=[*prompts, config.validation.negative_prompt]
     )
     unreadable = data.problems[len(dataset.problems) :]
-    report_problems(unreadable, total=len(dataset.train) + len(dataset.held_out), strict=config.data.strict)
+    name_problems(unreadable, total=dataset.num_clips, strict=config.data.strict)
     if not data.train:
         raise UserError(f"no clip of data.train can be decoded: {unreadable[0].name}: {unreadable[0].reason}")
+    if data.problems:
+        logger.warning("%d of %d clips are left out, for the reasons above", len(data.problems), dataset.num_clips)
     rows = (json.dumps({"name": problem.name, "reason": problem.reason}) for problem in data.problems)
     write_atomically(run.problems, "".join(f"{row}\n" for row in rows))
     memory.phase("after encoding")

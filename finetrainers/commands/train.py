@@ -26,6 +26,7 @@ from finetrainers.training.memory import MemoryPhases
 from finetrainers.training.metrics import MetricsFile
 from finetrainers.training.optimizer import build_optimizer, build_schedule
 from finetrainers.training.progress import ProgressLine
+from finetrainers.training.random_state import seed_random_state
 from finetrainers.training.saving import WeightsSaver
 from finetrainers.training.signals import StopSignals
 from finetrainers.training.tracking import Trackers, build_trackers
@@ -85,7 +86,15 @@ _TRAINING_SETTINGS = {"steps", "gradient_accumulation_steps", "max_grad_norm", "
 
 def set_aside(run: RunFolder) -> None:
     """Move what an earlier run left to `previous-N`, so that a run started anew shares nothing with it."""
-    old = [run.checkpoints, run.weights, run.samples, run.metrics, run.memory, run.report, run.root / "wandb_run_id.txt"]
+    old = [
+        run.checkpoints,
+        run.weights,
+        run.samples,
+        run.metrics,
+        run.memory,
+        run.report,
+        run.root / "wandb_run_id.txt",
+    ]
     if present := [path for path in old if path.exists()]:
         number = next(n for n in range(1, 10_000) if not (run.root / f"previous-{n:03d}").exists())
         target = run.root / f"previous-{number:03d}"
@@ -106,6 +115,7 @@ def build_method(prepared: Prepared) -> Method:
 def load_trained(prepared: Prepared, method: Method) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
     """The transformer on its device and the parameters of it that move."""
     config = prepared.config
+    seed_random_state(config.training.seed)
     transformer: Any = prepared.family.load_transformer(method.weights_dtype)
     # Weights mapped from a file are aligned as the file is; CPU kernels round by alignment, and a resumed run must not.
     for parameter in transformer.parameters():

@@ -30,6 +30,8 @@ class Dataset:
     held_out: list[Item]
     problems: list[Problem]
     """Clips left out, each with its reason."""
+    num_clips: int
+    """All that the sources list, usable or not."""
 
 
 def open_dataset(
@@ -51,12 +53,13 @@ def open_dataset(
     if held_out_path:
         held_out, more = look(held_out_records)
         problems += more
-    report_problems(problems, total=len(records) + len(held_out_records), strict=options.strict)
+    num_clips = len(records) + len(held_out_records)
+    name_problems(problems, total=num_clips, strict=options.strict)
     if not train:
         raise UserError("data.train holds no clip that can be used: " + _first_reasons(problems))
     if not held_out_path:
         train, held_out = _hold_out(train, options.validation)
-    return Dataset(train, held_out, problems)
+    return Dataset(train, held_out, problems, num_clips)
 
 
 def _hold_out(items: list[Item], share: Any) -> tuple[list[Item], list[Item]]:
@@ -70,16 +73,13 @@ def _hold_out(items: list[Item], share: Any) -> tuple[list[Item], list[Item]]:
     return train, held_out
 
 
-def report_problems(problems: Sequence[Problem], *, total: int, strict: bool) -> None:
-    """Name and count the clips that cannot be used; under `strict` that ends the run, naming each."""
-    if not problems:
-        return
-    if strict:
+def name_problems(problems: Sequence[Problem], *, total: int, strict: bool) -> None:
+    """Name each clip that cannot be used and why; under `strict` that ends the run."""
+    if problems and strict:
         listing = "; ".join(f"{problem.name}: {problem.reason}" for problem in problems)
         raise UserError(f"{len(problems)} of {total} clips cannot be used, and data.strict is set: {listing}")
     for problem in problems:
         logger.warning("left out %s: %s", problem.name, problem.reason)
-    logger.warning("%d of %d clips are left out, for the reasons above", len(problems), total)
 
 
 def _first_reasons(problems: Sequence[Problem]) -> str:

@@ -40,6 +40,8 @@ from finetrainers.types import Media, Window
 _LARGEST_PIXELS = 2**27
 """A header may claim any size, and a decoder takes the memory for it; this is 16k x 8k."""
 _NUM_THREADS = 2
+_FLOAT_NOISE = 1e-6
+"""Seconds by which sums of times may be off; far below any tick."""
 _USUAL_FPS = 25.0
 """Of a file that tells neither its rate nor when its frames are shown."""
 _ACCURATE_RND = 0x40000
@@ -90,7 +92,7 @@ def read_window(path: Path, media: Media, window: Window, *, height: int, width:
         held = next(frames, None)
         while held and row < window.num_frames:
             following = next(frames, None) if held.seconds <= moments[-1] - tolerance else None
-            end = following.seconds - tolerance if following else held.end_seconds + tolerance
+            end = following.seconds - tolerance if following else held.end_seconds - _FLOAT_NOISE
             while row < window.num_frames and moments[row] < end:
                 painter.paint(held, pixels_FCHW[row])
                 row += 1

@@ -90,9 +90,7 @@ class LTXVideo(Family):
     def load_video_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
         from diffusers import AutoencoderKLLTXVideo
 
-        vae = AutoencoderKLLTXVideo.from_pretrained(
-            self.folder, subfolder="vae", dtype=dtype, use_safetensors=True
-        )
+        vae = AutoencoderKLLTXVideo.from_pretrained(self.folder, subfolder="vae", dtype=dtype, use_safetensors=True)
         vae.requires_grad_(False).eval().to(device)
         if self.vae_tiling:
             vae.enable_tiling()

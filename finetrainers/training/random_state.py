@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 
+def seed_random_state(seed: int) -> None:
+    """Put every generator of the process where this seed puts it."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def read_random_state(device: torch.device) -> dict[str, Tensor]:
     """Python's, NumPy's, torch's and, on CUDA, the device's."""
     version, internal, gauss = random.getstate()

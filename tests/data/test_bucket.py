@@ -28,12 +28,16 @@ def parse(buckets: str) -> list[Bucket]:
     [
         pytest.param(video(60, 480, 720), "49x512x768 49x512x512", None, "49x512x768", id="nearest shape"),
         pytest.param(video(60, 720, 480), "49x512x768 49x768x512", None, "49x768x512", id="portrait"),
-        pytest.param(video(60, 480, 720), "17x512x512 49x512x768 97x512x768", None, "49x512x768", id="longest that fits"),
+        pytest.param(
+            video(60, 480, 720), "17x512x512 49x512x768 97x512x768", None, "49x512x768", id="longest that fits"
+        ),
         pytest.param(video(60, 480, 720), "97x512x768 49x512x512", None, "49x512x512", id="fitting before shape"),
         pytest.param(video(60, 480, 720), "49x512x512 17x512x768", None, "17x512x768", id="shape before length"),
         pytest.param(video(60, 512, 768), "17x256x384 17x512x768 17x1024x1536", None, "17x512x768", id="largest as is"),
         pytest.param(video(60, 100, 150), "17x512x768 17x256x384", None, "17x256x384", id="least enlarged"),
-        pytest.param(video(60, 512, 768, 30.0), "49x512x768 17x512x768", 15.0, "17x512x768", id="fewer at a lower rate"),
+        pytest.param(
+            video(60, 512, 768, 30.0), "49x512x768 17x512x768", 15.0, "17x512x768", id="fewer at a lower rate"
+        ),
         pytest.param(video(60, 512, 768, 30.0), "97x512x768 17x512x768", 60.0, "97x512x768", id="more at a higher one"),
         pytest.param(video(60, 512, 768), "1x512x768 49x256x256", None, "49x256x256", id="a video is no still"),
         pytest.param(video(60, 512, 768), "1x512x512 1x512x768", None, "1x512x768", id="unless all are stills"),

@@ -17,7 +17,9 @@ def four_corners(height: int, width: int) -> Image.Image:
     pixels = np.zeros((height, width, 3), np.uint8)
     for row, colours in enumerate(CORNERS):
         for column, colour in enumerate(colours):
-            pixels[row * height // 2 : (row + 1) * height // 2, column * width // 2 : (column + 1) * width // 2] = colour
+            pixels[row * height // 2 : (row + 1) * height // 2, column * width // 2 : (column + 1) * width // 2] = (
+                colour
+            )
     return Image.fromarray(pixels)
 
 
@@ -37,7 +39,9 @@ STORED = {
 @pytest.mark.parametrize("orientation", STORED)
 def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
     path = tmp_path / "a.png"
-    stored = four_corners(64, 96) if STORED[orientation] is None else four_corners(64, 96).transpose(STORED[orientation])
+    stored = (
+        four_corners(64, 96) if STORED[orientation] is None else four_corners(64, 96).transpose(STORED[orientation])
+    )
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(path, exif=exif)

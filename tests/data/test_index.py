@@ -63,7 +63,16 @@ def test_a_changed_file_is_read_again(tmp_path: Path, opened: list[Path], change
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b'{"version": 1}', b'{"version": 1, "files": {"/a.mp4": [1, 2]}}', b"\xff\x00", b'"text"'],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"version": 1}',
+        b'{"version": 1, "files": {"/a.mp4": [1, 2]}}',
+        b"\xff\x00",
+        b'"text"',
+    ],
 )
 def test_a_broken_index_is_rebuilt(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
     clip, path = write_coded(tmp_path / "a.mp4", num_frames=9), tmp_path / "files.json"

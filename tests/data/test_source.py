@@ -21,11 +21,8 @@ def fill(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def parquet(folder: Path, **columns: list) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
     path = folder / "metadata.parquet"
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").table(columns), path)
     return path
 
 
@@ -42,7 +39,9 @@ JSONL = (
 )
 
 
-@pytest.mark.parametrize("content", [CSV, "\ufeff" + CSV, CSV.replace("\n", "\r\n"), CSV.replace(",", ", ", 1) + "\n\n"])
+@pytest.mark.parametrize(
+    "content", [CSV, "\ufeff" + CSV, CSV.replace("\n", "\r\n"), CSV.replace(",", ", ", 1) + "\n\n"]
+)
 def test_a_csv(tmp_path: Path, content: str) -> None:
     fill(tmp_path, CLIPS | {"metadata.csv": content})
     assert listing(tmp_path) == listing(tmp_path / "metadata.csv") == CAPTIONS
@@ -125,8 +124,16 @@ HEAD = "file_name,caption\n"
         ({}, "", ["no clip", ".mp4", ".png"]),
         ({"notes.md": ""}, "", ["no clip"]),
         ({"a.mp4": ""}, "a.mp4", ["a.mp4", "neither a folder nor a table", ".parquet"]),
-        ({f"{n}.mp4": "" for n in range(5)} | {"0.txt": ""}, "", ["4 clips (1.mp4, 2.mp4, 3.mp4, ...)", "metadata.csv"]),
-        ({"a.mp4": "", "metadata.csv": HEAD, "metadata.jsonl": "{}"}, "", ["metadata.csv and metadata.jsonl", "keep one"]),
+        (
+            {f"{n}.mp4": "" for n in range(5)} | {"0.txt": ""},
+            "",
+            ["4 clips (1.mp4, 2.mp4, 3.mp4, ...)", "metadata.csv"],
+        ),
+        (
+            {"a.mp4": "", "metadata.csv": HEAD, "metadata.jsonl": "{}"},
+            "",
+            ["metadata.csv and metadata.jsonl", "keep one"],
+        ),
         ({"metadata.csv": HEAD}, "", ["no clip"]),
         ({"metadata.csv": ""}, "", ["metadata.csv", "no column names a file", "none"]),
         ({"metadata.csv": "name,words\na.mp4,x\n"}, "", ["no column names a file", "file_name", "it has: name, words"]),
@@ -152,7 +159,9 @@ HEAD = "file_name,caption\n"
         ({"videos.txt": "b.mp4\n", "prompts.txt": "x\n"}, "", ["videos.txt", "line 1", "b.mp4", "not there"]),
     ],
 )
-def test_wrong_input_gets_one_line(tmp_path: Path, files: dict[str, str | bytes], source: str, words: list[str]) -> None:
+def test_wrong_input_gets_one_line(
+    tmp_path: Path, files: dict[str, str | bytes], source: str, words: list[str]
+) -> None:
     if "metadata.parquet" in files:
         pytest.importorskip("pyarrow")
     with pytest.raises(UserError) as caught:

@@ -18,7 +18,9 @@ import yaml
 from finetrainers.folder import read_rows
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["finetrainers.commands.train", "finetrainers.demo.model", "diffusers.optimization", "peft"])
+_SERVER.set_forkserver_preload(
+    ["finetrainers.commands.train", "finetrainers.demo.model", "diffusers.optimization", "peft"]
+)
 
 EXACT = ("step", "epoch", "loss", "grad_norm", "lr")
 """What a resumed run must repeat to the bit; the rest of a row is time and memory."""
