@@ -61,26 +61,26 @@ class Encoder:
         made_by = [self._fingerprint("text_encoder"), self._fingerprint("tokenizer"), str(self.dtype)]
         return digest(["text", VERSION, self.family.name, made_by, caption])
 
-    def encode_videos(self, items: Sequence[Item], samples: Sequence[Sample]) -> list[Problem]:
-        """Encode the clips that the cache lacks. Those that turn out to be unreadable come back as problems."""
+    def encode_videos(self, items: Sequence[Item], samples: Sequence[Sample]) -> dict[str, str]:
+        """Encode the clips that the cache lacks. Returns why, by cache key, for those that turn out to be unreadable."""
         wanted = dict(zip([sample.video_key for sample in samples], items, strict=True))
         missing = self.cache.missing("videos", wanted)
         logger.info("videos: %d of %d are encoded already", len(wanted) - len(missing), len(wanted))
+        unreadable: dict[str, str] = {}
         if not missing:
-            return []
-        problems: list[Problem] = []
+            return unreadable
         vae = self.family.load_video_encoder(self.device, self.dtype)
         with self.progress("encoding videos", len(missing)) as progress:
             for key, clip in self._read_ahead([(key, wanted[key]) for key in missing]):
-                if isinstance(clip, Problem):
-                    problems.append(clip)
+                if isinstance(clip, UnusableClip):
+                    unreadable[key] = str(clip)
                 else:
                     self.cache.write("videos", key, self.family.encode_video(vae, clip.video_FCHW))
                 progress.advance()
         self.cache.remember()
         del vae
         _free(self.device)
-        return problems
+        return unreadable
 
     def encode_texts(self, captions: Sequence[str]) -> None:
         """Encode the captions that the cache lacks, and say how many are cut off at the model's length."""
@@ -121,9 +121,9 @@ class Encoder:
             self._fingerprints[role] = self.family.fingerprint(role)
         return self._fingerprints[role]
 
-    def _read_ahead(self, wanted: list[tuple[str, Item]]) -> Iterator[tuple[str, Clip | Problem]]:
+    def _read_ahead(self, wanted: list[tuple[str, Item]]) -> Iterator[tuple[str, Clip | UnusableClip]]:
         """Decode clips in threads, a few ahead of the encoder, in order."""
-        ahead: deque[tuple[str, Future[Clip | Problem]]] = deque()
+        ahead: deque[tuple[str, Future[Clip | UnusableClip]]] = deque()
         pool = ThreadPoolExecutor(max(self.num_workers, 1), thread_name_prefix="decode")
         try:
             for key, item in wanted:
@@ -153,7 +153,8 @@ class EncodedDataset:
 
     train: list[Sample]
     held_out: list[Sample]
-    problems: list[Problem]
+    unreadable: list[Problem]
+    """Clips left out because they could not be decoded."""
 
 
 def encode_dataset(encoder: Encoder, dataset: Dataset, *, trigger: str, prompts: Sequence[str]) -> EncodedDataset:
@@ -161,22 +162,21 @@ def encode_dataset(encoder: Encoder, dataset: Dataset, *, trigger: str, prompts:
     unreadable are left out and named. Raises UserError when none is left."""
     items = [*dataset.train, *dataset.held_out]
     samples = encoder.samples(items, trigger=trigger)
-    problems = encoder.encode_videos(items, samples)
+    unreadable = encoder.encode_videos(items, samples)
     encoder.encode_texts([*(sample.caption for sample in samples), *prompts, ""])
-    unreadable = {problem.name for problem in problems}
     train, held_out = samples[: len(dataset.train)], samples[len(dataset.train) :]
     return EncodedDataset(
-        [sample for sample in train if sample.name not in unreadable],
-        [sample for sample in held_out if sample.name not in unreadable],
-        dataset.problems + problems,
+        [sample for sample in train if sample.video_key not in unreadable],
+        [sample for sample in held_out if sample.video_key not in unreadable],
+        [Problem(sample.name, unreadable[sample.video_key]) for sample in samples if sample.video_key in unreadable],
     )
 
 
-def _read(item: Item) -> Clip | Problem:
+def _read(item: Item) -> Clip | UnusableClip:
     try:
         return read_clip(item.record, item.media, item.window, item.bucket)
     except UnusableClip as error:
-        return Problem(item.name, str(error))
+        return error
 
 
 def _free(device: torch.device) -> None:

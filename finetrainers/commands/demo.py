@@ -33,26 +33,21 @@ def demo(output: str, *, steps: int) -> int:
     train(build_config(settings))
     prompt = "a red circle moves to the right over a dark blue background"
     for folder, lora in (("without-lora", None), ("with-lora", str(run.weights / "latest"))):
+        target = str(root / "videos" / folder)
         sample(
-            str(model),
+            model=str(model),
             prompt=[prompt],
             lora=lora,
-            lora_scale=1.0,
-            transformer=None,
-            output=str(root / "videos" / folder),
+            output=target,
             size=_SIZE,
             fps=_FPS,
             steps=10,
-            guidance_scale=None,
-            negative_prompt="",
-            seed=42,
             precision="fp32",
         )
     print(
         f"clips:    {clips}\nconfig:   {root / 'demo.yaml'}\nmetrics:  {run.metrics}\nreport:   {run.report}\n"
         f"The model's weights are random, so its videos are noise: this shows that the whole job runs here, not what a "
-        f"trained model looks like.\nRun it again on your own: finetrainers train {root / 'demo.yaml'} "
-        "data.train=YOUR_FOLDER model.path=Lightricks/LTX-Video output=runs/mine"
+        "trained model looks like. For your own clips and a trained model, see docs/quickstart.md."
     )
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from finetrainers.config.schema import METHODS
 from finetrainers.families.find import all_families
 
 
@@ -12,6 +13,8 @@ def models() -> int:
     """Print the table."""
     table = Table("family", "models", "tasks", "methods", "recognised by (model_index.json)")
     for family in all_families():
-        table.add_row(family.name, family.variants, ", ".join(family.tasks), "lora, full", ", ".join(family.pipelines))
+        table.add_row(
+            family.name, family.variants, ", ".join(family.tasks), ", ".join(METHODS), ", ".join(family.pipelines)
+        )
     Console(width=None).print(table)
     return 0

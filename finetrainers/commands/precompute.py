@@ -51,7 +51,7 @@ def precompute(config: RunConfig) -> int:
     with StopSignals():
         prepared = encode(config)
     num_samples = len(prepared.data.train) + len(prepared.data.held_out)
-    print(f"{num_samples} samples are encoded in {prepared.cache.root}; {len(prepared.data.problems)} clips left out")
+    print(f"{num_samples} samples are encoded in {prepared.cache.root}")
     return 0
 
 
@@ -73,13 +73,13 @@ def encode(config: RunConfig) -> Prepared:
     data = encode_dataset(
         encoder, dataset, trigger=config.data.trigger, prompts=[*prompts, config.validation.negative_prompt]
     )
-    unreadable = data.problems[len(dataset.problems) :]
-    name_problems(unreadable, total=dataset.num_clips, strict=config.data.strict)
+    problems = [*dataset.problems, *data.unreadable]
+    name_problems(data.unreadable, total=dataset.num_clips, strict=config.data.strict)
     if not data.train:
-        raise UserError(f"no clip of data.train can be decoded: {unreadable[0].name}: {unreadable[0].reason}")
-    if data.problems:
-        logger.warning("%d of %d clips are left out, for the reasons above", len(data.problems), dataset.num_clips)
-    rows = (json.dumps({"name": problem.name, "reason": problem.reason}) for problem in data.problems)
+        raise UserError(f"data.train: no clip can be decoded; {problems[-1].name} {problems[-1].reason}")
+    if problems:
+        logger.warning("%d of %d clips are left out, for the reasons above", len(problems), dataset.num_clips)
+    rows = (json.dumps({"name": problem.name, "reason": problem.reason}) for problem in problems)
     write_atomically(run.problems, "".join(f"{row}\n" for row in rows))
     memory.phase("after encoding")
     return Prepared(config, engine, family, run, cache, encoder, data, prompts, memory)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,43 +16,47 @@ from finetrainers.families.find import find_family
 from finetrainers.folder import LORA_FILE, slug
 from finetrainers.types import Bucket
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for; see `finetrainers sample --help`."""
+
+    model: str
+    prompt: list[str]
+    lora: str | None = None
+    lora_scale: float = 1.0
+    transformer: str | None = None
+    output: str = "."
+    size: str | None = None
+    fps: float | None = None
+    steps: int = 30
+    guidance_scale: float | None = None
+    negative_prompt: str = ""
+    seed: int = 42
+    precision: str = "bf16"
 
 
-def sample(
-    model: str,
-    *,
-    prompt: list[str],
-    lora: str | None,
-    lora_scale: float,
-    transformer: str | None,
-    output: str,
-    size: str | None,
-    fps: float | None,
-    steps: int,
-    guidance_scale: float | None,
-    negative_prompt: str,
-    seed: int,
-    precision: str,
-) -> int:
-    """One mp4 a prompt under `output`; prints their paths."""
-    weights = find_lora(lora) if lora else None
-    family = find_family(model, revision=None, task="text-to-video")
-    bucket = check_size(family, size)
-    if steps < 1 or (fps is not None and fps <= 0):
-        raise UserError(f"--steps must be at least 1 and --fps more than 0, but are {steps} and {fps}")
-    pipeline = family.load_pipeline(DTYPES[precision])
-    if transformer:
-        pipeline.transformer = load_transformer(pipeline, Path(transformer), DTYPES[precision])
+def sample(**given: Any) -> int:
+    """One mp4 a prompt under `output`; prints their paths. Takes the fields of Request."""
+    request = Request(**given)
+    weights = find_lora(request.lora) if request.lora else None
+    family = find_family(request.model, revision=None, task="text-to-video")
+    bucket = check_size(family, request.size)
+    fps = family.default_fps if request.fps is None else request.fps
+    if request.steps < 1 or fps <= 0:
+        raise UserError(f"--steps must be at least 1 and --fps more than 0, but they are {request.steps} and {fps}")
+    pipeline = family.load_pipeline(DTYPES[request.precision])
+    if request.transformer:
+        pipeline.transformer = load_transformer(pipeline, Path(request.transformer), DTYPES[request.precision])
     if weights:
         pipeline.load_lora_weights(weights.parent, weight_name=weights.name, adapter_name="lora")
-        pipeline.set_adapters(["lora"], [lora_scale])
+        pipeline.set_adapters(["lora"], [request.lora_scale])
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    options = SamplingOptions(steps, guidance_scale, fps or family.default_fps, seed)
-    for number, text in enumerate(prompt):
-        video_FHWC = family.render(pipeline, bucket, options, prompt=text, negative_prompt=negative_prompt)
-        path = Path(output) / f"{number:02d}-{slug(text)}.mp4"
-        write_video(path, video_FHWC.numpy(), options.fps)
+    options = SamplingOptions(request.steps, request.guidance_scale, fps, request.seed)
+    for number, text in enumerate(request.prompt):
+        prompts = {"prompt": text, "negative_prompt": request.negative_prompt}
+        path = Path(request.output) / f"{number:02d}-{slug(text)}.mp4"
+        write_video(path, family.render(pipeline, bucket, options, **prompts).numpy(), fps)
         print(path)
     return 0
 
@@ -73,10 +78,10 @@ def check_size(family: Family, size: str | None) -> Bucket:
     return bucket
 
 
-def load_transformer(pipeline: object, path: Path, dtype: torch.dtype) -> torch.nn.Module:
+def load_transformer(pipeline: Any, path: Path, dtype: torch.dtype) -> torch.nn.Module:
     """A fully fine-tuned transformer: the folder itself, or the one that holds it."""
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if not (folder / "config.json").is_file():
         raise UserError(f"--transformer {path}: no config.json there; give a transformer/ folder that a run saved")
-    kind = type(pipeline.transformer)  # type: ignore[attr-defined]
+    kind = type(pipeline.transformer)
     return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
