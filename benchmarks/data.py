@@ -112,8 +112,11 @@ def measure_reading(folder: Path, rounds: int) -> dict[str, Any]:
             read_window(path, media, window, height=BUCKET.height, width=BUCKET.width)
 
         times: dict[str, list[float]] = {"read": [], "decode": []}
+        processor_seconds = 0.0
         for _ in range(rounds + 1):
+            started = time.process_time()
             times["read"].append(seconds_of(read))
+            processor_seconds += time.process_time() - started
             times["decode"].append(seconds_of(lambda path=path: decode_only(path)))
         ours, bare = (BUCKET.num_frames / statistics.median(times[kind][1:]) for kind in ("read", "decode"))
         here = bare / PEERS["bare PyAV decode"][place]
@@ -121,6 +124,7 @@ def measure_reading(folder: Path, rounds: int) -> dict[str, Any]:
             "frames_per_second": round(ours, 1),
             "bare_decode_frames_per_second": round(bare, 1),
             "ratio_to_bare_decode": round(ours / bare, 3),
+            "processor_ms_per_frame": round(processor_seconds / (rounds + 1) / BUCKET.num_frames * 1e3, 2),
             "times_each_peer": {peer: round(ours / rates[place], 2) for peer, rates in PEERS.items()},
             "times_each_peer_scaled": {peer: round(ours / (rates[place] * here), 2) for peer, rates in PEERS.items()},
         }
@@ -165,7 +169,8 @@ def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
     versions = {"python": platform.python_version(), "av": av.__version__, "torch": torch.__version__}
-    return {"cpu": model, "cores": os.cpu_count(), "numpy": np.__version__, **versions}
+    load = round(os.getloadavg()[0], 1)  # of the minute before: what others were doing
+    return {"cpu": model, "cores": os.cpu_count(), "load_before": load, "numpy": np.__version__, **versions}
 
 
 def main() -> None:

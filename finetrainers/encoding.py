@@ -62,7 +62,7 @@ class Encoder:
         return digest(["text", VERSION, self.family.name, made_by, caption])
 
     def encode_videos(self, items: Sequence[Item], samples: Sequence[Sample]) -> dict[str, str]:
-        """Encode the clips that the cache lacks. Returns why, by cache key, for those that turn out to be unreadable."""
+        """Encode the clips that the cache lacks. Returns, by cache key, why a clip turned out to be unreadable."""
         wanted = dict(zip([sample.video_key for sample in samples], items, strict=True))
         missing = self.cache.missing("videos", wanted)
         logger.info("videos: %d of %d are encoded already", len(wanted) - len(missing), len(wanted))

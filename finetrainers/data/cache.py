@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,14 +48,8 @@ class Cache:
     def write(self, kind: Kind, key: str, tensors: dict[str, Tensor]) -> None:
         """Store an entry, whole or not at all."""
         path = self.path(kind, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        write_atomically(path, data)
         self._whole[key] = [*_stamp(path), zlib.crc32(data)]
 
     def remember(self) -> None:
@@ -88,12 +80,12 @@ class Cache:
     def _read_whole(self) -> dict[str, list[int]]:
         try:
             known = json.loads(self._whole_file.read_text())
+            return {key: stamp for key, stamp in known.items() if isinstance(stamp, list) and len(stamp) == 3}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             logger.warning("%s cannot be read; the cache's files are checked again", self._whole_file.name)
             return {}
-        return {key: stamp for key, stamp in known.items() if isinstance(stamp, list) and len(stamp) == 3}
 
     def _save_whole(self) -> None:
         if self._whole:

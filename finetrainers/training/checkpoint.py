@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from finetrainers.errors import UserError
@@ -45,6 +46,8 @@ class Checkpointer(Callback):
     def on_end(self, trainer: Trainer) -> None:
         if trainer.state.step != self._saved_step:
             self.save(trainer)
+        # Also where nothing was saved: a kill may have come between the last save and its pruning.
+        self._prune()
 
     def save(self, trainer: Trainer) -> Path:
         """Write `step-N`: under another name first, made durable, then renamed."""
@@ -140,12 +143,13 @@ def _check_identity(checkpoint: Path, saved: dict[str, Any], current: dict[str, 
 
 def _write(trainer: Trainer, folder: Path, identity: dict[str, Any]) -> None:
     save_file({name: parameter.detach() for name, parameter in trainer.trained.items()}, folder / "trained.safetensors")
-    tensors, numbers = _split_optimizer_state(trainer.optimizer.state_dict())
-    save_file(tensors, folder / "optimizer.safetensors")
+    shelf = _Shelf()
+    optimizer = {name: shelf.split(value, name) for name, value in trainer.optimizer.state_dict().items()}
+    save_file(shelf.tensors, folder / "optimizer.safetensors")
     save_file(read_random_state(trainer.device), folder / "random.safetensors")
     state = {
         "train": asdict(trainer.state),
-        "optimizer": numbers,
+        "optimizer": optimizer,
         "schedule": trainer.schedule.state_dict(),
         "identity": identity,
         "versions": {"torch": torch.__version__},
@@ -168,34 +172,53 @@ def _complete(folder: Path) -> None:
 
 
 def _read(trainer: Trainer, folder: Path, state: dict[str, Any]) -> None:
-    saved = load_file(folder / "trained.safetensors")
+    saved = _load_tensors(folder / "trained.safetensors")
+    tensors = _load_tensors(folder / "optimizer.safetensors")
     with torch.no_grad():
         for name, parameter in trainer.trained.items():
             parameter.copy_(saved[name])
-    trainer.optimizer.load_state_dict(
-        _join_optimizer_state(load_file(folder / "optimizer.safetensors"), state["optimizer"])
-    )
+    optimizer = {name: _join(value, tensors) for name, value in state["optimizer"].items()}
+    trainer.optimizer.load_state_dict(optimizer)
     trainer.schedule.load_state_dict(state["schedule"])
     trainer.state = TrainState(**state["train"])
-    write_random_state(load_file(folder / "random.safetensors"), trainer.device)
+    write_random_state(_load_tensors(folder / "random.safetensors"), trainer.device)
 
 
-def _split_optimizer_state(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors and as JSON: `17.exp_avg` is parameter 17's running mean."""
-    tensors, numbers = {}, {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.contiguous()
-            else:
-                numbers[f"{index}.{name}"] = value
-    return tensors, {"state": numbers, "param_groups": state["param_groups"]}
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, in memory of torch's own: mapped from the file they would not be aligned as tensors that
+    torch allocated are, and CPU kernels round by alignment."""
+    try:
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file ({error}); remove {path.parent.name}") from None
 
 
-def _join_optimizer_state(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in (tensors | numbers["state"]).items():
-        index, _, name = key.partition(".")
-        # A copy: a tensor mapped from the file is not aligned as one that torch allocated, and kernels round by that.
-        state.setdefault(int(index), {})[name] = value.clone() if isinstance(value, torch.Tensor) else value
-    return {"state": state, "param_groups": numbers["param_groups"]}
+class _Shelf:
+    """Tensors taken out of a nested state, each under its path; one that stands in several places is kept once."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._paths: dict[tuple[int, torch.Size], str] = {}
+
+    def split(self, value: Any, path: str) -> Any:
+        """The state as JSON, its tensors put on the shelf, such as `state/17/exp_avg`."""
+        if isinstance(value, torch.Tensor):
+            path = self._paths.setdefault((value.data_ptr(), value.shape), path)
+            self.tensors.setdefault(path, value.contiguous())
+            return {"tensor": path}
+        if isinstance(value, dict):
+            return {"dict": [[key, self.split(item, f"{path}/{key}")] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)):
+            return {"list": [self.split(item, f"{path}/{number}") for number, item in enumerate(value)]}
+        return value
+
+
+def _join(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """What a shelf took apart; tuples come back as lists."""
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "dict" in value:
+        return {key: _join(item, tensors) for key, item in value["dict"]}
+    return [_join(item, tensors) for item in value["list"]]

@@ -1,0 +1,293 @@
+"""Every sample once an epoch, and draws that depend on seed, epoch and sample alone."""
+
+import threading
+import time
+from collections import Counter
+from itertools import islice, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, map_tensors
+from finetrainers.data.cache import Cache
+from finetrainers.hashing import digest
+from finetrainers.types import Batch, Bucket, Sample
+
+BUCKETS = [Bucket(9, 64, 96), Bucket(17, 64, 64), Bucket(1, 32, 32)]
+EMPTY = digest("empty")
+SIGMA = 0.5
+
+
+def sample(number: int, bucket: Bucket) -> Sample:
+    return Sample(
+        name=f"{number}.mp4",
+        video_key=digest(["video", number]),
+        text_key=digest(["text", number]),
+        caption=f"caption {number}",
+        bucket=bucket,
+        fps=16.0 + number,
+        num_tokens=10 + number,
+    )
+
+
+def samples_of(num: int, num_buckets: int = 1) -> list[Sample]:
+    return [sample(number, BUCKETS[number % num_buckets]) for number in range(num)]
+
+
+@pytest.fixture(scope="module")
+def drawer(tmp_path_factory: pytest.TempPathFactory) -> BatchDrawer:
+    """Seven samples of one bucket, each with moments, text and a frame rate of its own."""
+    cache = Cache(tmp_path_factory.mktemp("cache"))
+    samples = samples_of(7)
+    for number, each in enumerate(samples):
+        moments = {
+            "mean": torch.full((2, 2, 2, 3), float(number), dtype=torch.bfloat16),
+            "logvar": torch.full((2, 2, 2, 3), -2.0, dtype=torch.bfloat16),
+            "shift": torch.tensor([1.0, -1.0]),
+            "scale": torch.tensor([2.0, 0.5]),
+        }
+        cache.write("videos", each.video_key, moments)
+        cache.write("texts", each.text_key, {"embeds": torch.full((3, 4), float(number), dtype=torch.bfloat16)})
+    cache.write("texts", EMPTY, {"embeds": torch.full((3, 4), -1.0, dtype=torch.bfloat16)})
+    return BatchDrawer(samples, cache, drawn_sigma, seed=5, caption_dropout=0.25, empty_text_key=EMPTY)
+
+
+def drawn_sigma(num_tokens: int, generator: torch.Generator) -> float:
+    """A level that tells both of what it was given."""
+    return (num_tokens + torch.rand((), generator=generator).item()) / 100
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    return {"latents": batch.latents_BCFHW, "noise": batch.noise_BCFHW, "sigma": batch.sigma_B, **batch.text}
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    assert (one.names, one.fps, one.num_tokens) == (other.names, other.fps, other.num_tokens)
+    for name, tensor in tensors(one).items():
+        assert torch.equal(tensor, tensors(other)[name]), name
+
+
+SIZES = [(n, k, b) for n in (1, 2, 5, 12, 31) for k in (1, 2, 3) for b in (1, 2, 4, 40) if k <= n]
+
+
+@pytest.mark.parametrize(("num", "num_buckets", "batch_size"), SIZES)
+def test_every_sample_once_an_epoch_in_batches_of_one_bucket(num, num_buckets, batch_size):
+    samples = samples_of(num, num_buckets)
+    order = BatchOrder(samples, batch_size=batch_size, seed=3)
+    counts = Counter(each.bucket for each in samples)
+    assert order.batches_per_epoch == sum((count + batch_size - 1) // batch_size for count in counts.values())
+    for epoch in (0, 1, 7):
+        start = epoch * order.batches_per_epoch
+        epochs, batches = zip(*(order[start + i] for i in range(order.batches_per_epoch)), strict=True)
+        assert set(epochs) == {epoch}
+        assert sorted(index for batch in batches for index in batch) == list(range(num))
+        assert all(len({samples[index].bucket for index in batch}) == 1 for batch in batches)
+        sizes = [len(batch) for batch in batches]
+        assert max(sizes) <= batch_size
+        assert sum(size < batch_size for size in sizes) == sum(bool(count % batch_size) for count in counts.values())
+        assert sizes == sorted(sizes, key=lambda size: size < batch_size), "what fills no batch comes last"
+
+
+def sequence(num: int, *, batch_size: int, seed: int, epoch: int) -> list[int]:
+    order = BatchOrder(samples_of(num), batch_size=batch_size, seed=seed)
+    start = epoch * order.batches_per_epoch
+    return [index for i in range(order.batches_per_epoch) for index in order[start + i][1]]
+
+
+def test_the_order_differs_between_epochs_and_seeds():
+    keys = [(seed, epoch) for seed in (0, 1, 2**62) for epoch in range(5)]
+    orders = [sequence(30, batch_size=1, seed=seed, epoch=epoch) for seed, epoch in keys]
+    assert len({tuple(order) for order in orders}) == len(keys)
+    assert list(range(30)) not in orders
+    assert orders == [sequence(30, batch_size=1, seed=seed, epoch=epoch) for seed, epoch in keys]
+
+
+def test_each_sample_comes_first_as_often_as_others():
+    firsts = Counter(sequence(4, batch_size=1, seed=9, epoch=epoch)[0] for epoch in range(400))
+    # 100 expected of each, with a standard deviation of 8.7.
+    assert all(60 < firsts[index] < 140 for index in range(4)), firsts
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 7, 30, 64])
+def test_with_one_bucket_the_sequence_does_not_depend_on_the_batch_size(batch_size):
+    for epoch in range(3):
+        assert sequence(30, batch_size=batch_size, seed=1, epoch=epoch) == sequence(
+            30, batch_size=1, seed=1, epoch=epoch
+        )
+
+
+def test_random_access_is_sequential_access():
+    samples = samples_of(11, 3)
+    walked = BatchOrder(samples, batch_size=2, seed=8)
+    positions = range(5 * walked.batches_per_epoch)
+    in_order = [walked[position] for position in positions]
+    jumped = BatchOrder(samples, batch_size=2, seed=8)
+    for position in torch.randperm(len(positions), generator=torch.Generator().manual_seed(0)).tolist():
+        assert jumped[position] == in_order[position]
+        assert BatchOrder(samples, batch_size=2, seed=8)[position] == in_order[position]
+
+
+def test_a_draw_does_not_depend_on_the_batch(drawer):
+    together = drawer.draw(2, [3, 0, 5, 6])
+    assert together.size == 4
+    assert together.names == ("3.mp4", "0.mp4", "5.mp4", "6.mp4")
+    assert together.fps == (19.0, 16.0, 21.0, 22.0)
+    assert together.num_tokens == 13 + 10 + 15 + 16
+    for row, index in enumerate([3, 0, 5, 6]):
+        alone = drawer.draw(2, [index])
+        for name, tensor in tensors(together).items():
+            assert torch.equal(tensor[row : row + 1], tensors(alone)[name]), (index, name)
+        assert together.sigma_B[row].item() == pytest.approx((10 + index + 0.5) / 100, abs=0.005)
+
+
+def test_types_and_shapes(drawer):
+    batch = drawer.draw(0, [1, 2])
+    assert {batch.latents_BCFHW.dtype, batch.noise_BCFHW.dtype, batch.sigma_B.dtype} == {torch.float32}
+    assert batch.latents_BCFHW.shape == batch.noise_BCFHW.shape == (2, 2, 2, 2, 3)
+    assert batch.sigma_B.shape == (2,)
+    assert batch.text["embeds"].dtype == torch.bfloat16 and batch.text["embeds"].shape == (2, 3, 4)
+
+
+def test_everything_drawn_differs_between_epochs_samples_and_seeds(drawer):
+    def numbers(epoch: int, index: int, seed: int = 5) -> list[torch.Tensor]:
+        other = BatchDrawer(drawer.samples, drawer.cache, drawn_sigma, seed, 0.0, EMPTY)
+        batch = other.draw(epoch, [index])
+        shift, scale = torch.tensor([1.0, -1.0]), torch.tensor([2.0, 0.5])
+        latents = batch.latents_BCFHW[0] / scale.view(-1, 1, 1, 1) + shift.view(-1, 1, 1, 1) - index
+        return [latents, batch.noise_BCFHW[0], batch.sigma_B % 0.01]
+
+    reference = numbers(0, 1)
+    for others in (numbers(1, 1), numbers(0, 2), numbers(0, 1, seed=6)):
+        assert not any(torch.allclose(one, other) for one, other in zip(reference, others, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(reference, numbers(0, 1), strict=True))
+    latents, noise, _ = reference
+    assert not torch.allclose(latents / torch.tensor(-1.0).exp(), noise, atol=0.1), "two draws, not one used twice"
+
+
+def test_latents_are_a_normalised_draw_from_the_posterior(drawer):
+    """(draw - shift) * scale with draw ~ N(mean, exp(logvar)), over 24 values in each of 60 epochs."""
+    drawn = torch.stack([drawer.draw(epoch, [4]).latents_BCFHW[0] for epoch in range(60)], dim=1).flatten(1)
+    deviation = torch.tensor(-1.0).exp()
+    for channel, (shift, scale) in enumerate([(1.0, 2.0), (-1.0, 0.5)]):
+        error = scale * deviation / drawn.shape[1] ** 0.5
+        assert abs(drawn[channel].mean() - (4 - shift) * scale) < 4 * error
+        assert drawn[channel].std() == pytest.approx(scale * deviation, rel=4 / (2 * drawn.shape[1]) ** 0.5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
+def test_captions_are_dropped_at_their_rate(drawer, rate):
+    dropping = BatchDrawer(drawer.samples, drawer.cache, drawn_sigma, 5, rate, EMPTY)
+    num_dropped = 0
+    for epoch in range(60):
+        batch = dropping.draw(epoch, range(7))
+        for index, embeds in enumerate(batch.text["embeds"].float()):
+            value = embeds.unique().tolist()
+            assert value in ([-1.0], [float(index)]), "the empty caption's text, or its own"
+            num_dropped += value == [-1.0]
+    error = (rate * (1 - rate) / 420) ** 0.5
+    assert abs(num_dropped / 420 - rate) <= 4 * error
+
+
+def test_a_fixed_batch_is_the_same_at_every_call_and_another_at_every_level(drawer):
+    levels = [0.1, 0.2, 0.9]
+    batches = [drawer.fixed(2, sigma) for sigma in levels]
+    for sigma, batch in zip(levels, batches, strict=True):
+        assert_equal(batch, drawer.fixed(2, sigma))
+        assert batch.sigma_B.tolist() == pytest.approx([sigma])
+        assert (batch.names, batch.fps, batch.num_tokens, batch.size) == (("2.mp4",), (18.0,), 12, 1)
+        expected = torch.tensor([(2 - 1.0) * 2.0, (2 + 1.0) * 0.5]).view(1, 2, 1, 1, 1).expand(1, 2, 2, 2, 3)
+        assert torch.equal(batch.latents_BCFHW, expected), "the mean of the posterior, normalised"
+        assert batch.text["embeds"].unique().tolist() == [2.0], "a caption is never dropped"
+    noises = [batch.noise_BCFHW for batch in batches] + [drawer.fixed(3, 0.1).noise_BCFHW]
+    assert len({tuple(noise.flatten().tolist()) for noise in noises}) == len(noises)
+
+
+def test_a_fixed_batch_does_not_depend_on_the_other_samples(drawer):
+    """Clips that come or go move indices; the noise belongs to the clip."""
+    fewer = BatchDrawer(drawer.samples[2:], drawer.cache, drawn_sigma, 5, 0.25, EMPTY)
+    assert_equal(drawer.fixed(4, 0.3), fewer.fixed(2, 0.3))
+
+
+def stream(drawer: BatchDrawer, num_workers: int, batch_size: int = 2) -> BatchStream:
+    order = BatchOrder(drawer.samples, batch_size=batch_size, seed=drawer.seed)
+    return BatchStream(order, drawer, num_workers=num_workers, pin_memory=False)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+@pytest.mark.parametrize("position", [0, 1, 4, 9])
+def test_workers_and_start_never_change_a_batch(drawer, num_workers, position):
+    """Twelve batches are three epochs of four."""
+    order = BatchOrder(drawer.samples, batch_size=2, seed=5)
+    batches = stream(drawer, num_workers).start(position)
+    for number, (epoch, batch) in enumerate(islice(batches, 12 - position), start=position):
+        expected_epoch, indices = order[number]
+        assert epoch == expected_epoch == number // 4
+        assert_equal(batch, drawer.draw(epoch, indices))
+    batches.close()
+
+
+def reader_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("batches")}
+
+
+def assert_threads_end(before: set[threading.Thread]) -> None:
+    deadline = time.monotonic() + 10
+    while reader_threads() - before:
+        assert time.monotonic() < deadline, "threads still run"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_closing_ends_the_threads(drawer, num_workers):
+    before = reader_threads()
+    batches = stream(drawer, num_workers).start(0)
+    next(batches)
+    assert reader_threads() - before
+    batches.close()
+    assert_threads_end(before)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+def test_an_error_in_a_worker_surfaces(drawer, num_workers, tmp_path):
+    """At the batch that cannot be read, and not before."""
+    samples = [*drawer.samples[:6], sample(99, BUCKETS[0])]
+    broken = BatchDrawer(samples, drawer.cache, drawn_sigma, 5, 0.0, EMPTY)
+    order = BatchOrder(samples, batch_size=2, seed=5)
+    bad = next(number for number in range(4) if 6 in order[number][1])
+    before = reader_threads()
+    batches = BatchStream(order, broken, num_workers, pin_memory=False).start(0)
+    for number in range(bad):
+        assert next(batches)[1].names == tuple(samples[index].name for index in order[number][1])
+    with pytest.raises(FileNotFoundError, match=digest(["video", 99])):
+        next(batches)
+    assert_threads_end(before)
+
+
+def test_reading_ahead_is_bounded(drawer, monkeypatch):
+    """However slow the step, no more batches than workers wait in memory, and one in hand."""
+    loaded = []
+    draw = BatchDrawer.draw
+    monkeypatch.setattr(BatchDrawer, "draw", lambda self, *given: (loaded.append(given), draw(self, *given))[1])
+    batches = stream(drawer, num_workers=3).start(0)
+    for taken in range(1, 5):
+        next(batches)
+        time.sleep(0.1)
+        assert len(loaded) <= taken + 3
+    batches.close()
+
+
+def test_map_tensors_changes_every_tensor_and_nothing_else(drawer):
+    batch = drawer.draw(0, [0, 1])
+    doubled = map_tensors(batch, lambda tensor: tensor * 2)
+    assert all(torch.equal(tensors(doubled)[name], 2 * tensor) for name, tensor in tensors(batch).items())
+    assert (doubled.names, doubled.fps, doubled.num_tokens) == (batch.names, batch.fps, batch.num_tokens)
+
+
+def test_what_a_cache_holds_is_not_touched(drawer):
+    files = sorted(Path(drawer.cache.root).rglob("*.safetensors"))
+    before = [path.stat().st_mtime_ns for path in files]
+    for epoch, other in pairwise(range(3)):
+        drawer.draw(epoch, [0])
+        drawer.fixed(other, 0.5)
+    assert [path.stat().st_mtime_ns for path in files] == before
