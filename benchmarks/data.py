@@ -1,6 +1,6 @@
 """How fast clips are read, how much memory that takes, and what looking at a file costs (B7, B8, B9).
 
-    python -m benchmarks.data
+    python benchmarks/data.py
 
 prints what it measures as JSON and writes it to benchmarks/results/data.json. Clips are rendered into a temporary
 folder; rates are medians of interleaved rounds, and mean frames used per second.
@@ -11,19 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import torch
+from machine import describe_machine
 
 from finetrainers.data.bucket import choose_windows
 from finetrainers.data.index import FileIndex
@@ -107,17 +108,14 @@ def measure_reading(folder: Path, rounds: int) -> dict[str, Any]:
         path = render(folder / f"{height}p.mp4", num_frames=num_frames, height=height, width=width)
         media = probe(path)
         (window,) = choose_windows(media, BUCKET, None, "first")
-
-        def read(path: Path = path, media: Any = media, window: Any = window) -> None:
-            read_window(path, media, window, height=BUCKET.height, width=BUCKET.width)
-
+        read = partial(read_window, path, media, window, height=BUCKET.height, width=BUCKET.width)
         times: dict[str, list[float]] = {"read": [], "decode": []}
         processor_seconds = 0.0
         for _ in range(rounds + 1):
             started = time.process_time()
             times["read"].append(seconds_of(read))
             processor_seconds += time.process_time() - started
-            times["decode"].append(seconds_of(lambda path=path: decode_only(path)))
+            times["decode"].append(seconds_of(partial(decode_only, path)))
         ours, bare = (BUCKET.num_frames / statistics.median(times[kind][1:]) for kind in ("read", "decode"))
         here = bare / PEERS["bare PyAV decode"][place]
         results[name] = {
@@ -145,13 +143,13 @@ def measure_memory(folder: Path) -> dict[str, Any]:
 def measure_index(folder: Path, rounds: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for path in sorted(folder.glob("*p.mp4")):
-        probes = [seconds_of(lambda path=path: probe(path)) for _ in range(10 * rounds)]
+        probes = [seconds_of(partial(probe, path)) for _ in range(10 * rounds)]
         results[f"probe {path.stem}, ms"] = round(statistics.median(probes) * 1e3, 2)
     clips = [folder / f"copy{number:03d}.mp4" for number in range(200)]
     for clip in clips:
         clip.write_bytes((folder / "480p.mp4").read_bytes())
     index = FileIndex(folder / "files.json")
-    cold = [seconds_of(lambda clip=clip: index.look(clip)) for clip in clips]
+    cold = [seconds_of(partial(index.look, clip)) for clip in clips]
     index.save()
     load = seconds_of(lambda: FileIndex(folder / "files.json"))
     again = FileIndex(folder / "files.json")
@@ -165,14 +163,6 @@ def measure_index(folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
-    versions = {"python": platform.python_version(), "av": av.__version__, "torch": torch.__version__}
-    load = round(os.getloadavg()[0], 1)  # of the minute before: what others were doing
-    return {"cpu": model, "cores": os.cpu_count(), "load_before": load, "numpy": np.__version__, **versions}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how clips are read.")
     parser.add_argument("--rounds", type=int, default=9)
@@ -180,8 +170,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = {
-            "command": "python -m benchmarks.data " + " ".join(sys.argv[1:]),
-            "machine": machine(),
+            "machine": describe_machine() | {"load_before": round(os.getloadavg()[0], 1)},
             f"reading to {BUCKET} on 2 threads": measure_reading(Path(folder), arguments.rounds),
             "index": measure_index(Path(folder), arguments.rounds),
             f"peak memory above imports while reading to {BUCKET}, MiB": measure_memory(Path(folder)),

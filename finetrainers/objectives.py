@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -53,7 +54,7 @@ def logit_normal(mean: float, std: float) -> Callable[[int, torch.Generator], fl
     """`sigmoid(N(mean, std))`: the middle noise levels most. Source: Esser et al. 2024 (arXiv 2403.03206), 3.1."""
 
     def sample(num_tokens: int, generator: torch.Generator) -> float:
-        return _clamped(torch.sigmoid(mean + std * torch.randn((), generator=generator)).item())
+        return _clamped(_sigmoid(mean + std * torch.randn((), generator=generator).item()))
 
     return sample
 
@@ -68,15 +69,19 @@ def shifted_logit_normal(std: float, uniform_share: float) -> Callable[[int, tor
 
     def sample(num_tokens: int, generator: torch.Generator) -> float:
         coin, level = torch.rand(2, generator=generator).tolist()
-        normal = torch.randn((), generator=generator)
+        normal = torch.randn((), generator=generator).item()
         if coin < uniform_share:
             return _clamped(level)
         mu = min(0.95 + (num_tokens - 1024) * (2.05 - 0.95) / (4096 - 1024), 2.05)
-        low, high, drawn = torch.sigmoid(mu + std * torch.stack([torch.tensor(_LOW), torch.tensor(_HIGH), normal]))
-        stretched = ((drawn - low) / (high - low)).item()
+        low, high, drawn = (_sigmoid(mu + std * value) for value in (_LOW, _HIGH, normal))
+        stretched = (drawn - low) / (high - low)
         return _clamped(stretched if stretched >= MIN_SIGMA else 2 * MIN_SIGMA - stretched)
 
     return sample
+
+
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
 
 
 def _clamped(sigma: float) -> float:

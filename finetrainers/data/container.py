@@ -116,6 +116,12 @@ def turn_of(frame: VideoFrame) -> Turn:
     return Turn(False, flips_rows=d < 0, flips_columns=a < 0)
 
 
+def is_mp4(path: Path) -> bool:
+    """Whether a file begins as an mp4 or mov does, with the length and the name of its first box."""
+    with path.open("rb") as file:
+        return file.read(8)[4:] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
+
+
 def is_track_turned(path: Path, track: int) -> bool:
     """Whether a track of an mp4 or mov lies on its side. FFmpeg tells that with decoded frames only."""
     with path.open("rb") as file:

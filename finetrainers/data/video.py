@@ -22,6 +22,7 @@ from finetrainers.data.container import (
     check_file,
     frame_seconds,
     frames_from,
+    is_mp4,
     is_timed,
     is_track_turned,
     open_container,
@@ -61,9 +62,7 @@ def probe(path: Path) -> Media:
     check_file(path)
     if path.suffix.lower() in IMAGE_EXTENSIONS:
         return probe_image(path)
-    # Opening decodes a few frames to learn what an mp4's header says already, and that takes most of the time.
-    with open_container(path, options={"skip_frame": "all", "threads": "1"}) as container:
-        media = _media_from_header(path, container)
+    media = _media_from_mp4_header(path) if is_mp4(path) else None
     if media is None:
         with open_container(path) as container:
             media = _media_from_packets(container)
@@ -194,37 +193,39 @@ def _color_range(frame: VideoFrame) -> ColorRange:
     return ColorRange.JPEG if frame.format.name.startswith("yuvj") or frame.format.is_rgb else ColorRange.MPEG
 
 
-def _media_from_header(path: Path, container: InputContainer) -> Media | None:
-    """None unless the header can be relied on: an mp4's or mov's, of a steady rate, and not cut by an edit list (which
-    shows as numbers that do not agree)."""
-    stream = picture_stream(container) if "mov" in container.format.name else None
-    if stream is None or not (stream.average_rate and stream.base_rate and stream.frames and stream.duration):
-        return None
-    seconds = stream.duration * tick_seconds(stream)
-    if abs(seconds * stream.average_rate - stream.frames) > 0.5:
-        return None
-    if abs(stream.base_rate / stream.average_rate - 1) > 1e-3:
-        return None
-    is_turned = is_track_turned(path, stream.id)
-    return _media(stream, is_turned, num_frames=stream.frames, fps=float(stream.average_rate), seconds=seconds)
+def _media_from_mp4_header(path: Path) -> Media | None:
+    """None unless the header can be relied on: the rate is steady, and no edit list cuts the clip (which shows as
+    numbers that do not agree)."""
+    # Opening decodes a few frames to learn what the header says already, and that takes most of the time.
+    with open_container(path, format="mov", options={"skip_frame": "all", "threads": "1"}) as container:
+        stream = picture_stream(container)
+        rate, base_rate, num_frames = stream.average_rate, stream.base_rate, stream.frames
+        if not (rate and base_rate and num_frames and stream.duration):
+            return None
+        seconds = stream.duration * tick_seconds(stream)
+        if abs(seconds * rate - num_frames) > 0.5 or abs(base_rate / rate - 1) > 1e-3:
+            return None
+        is_turned = is_track_turned(path, stream.id)
+        return _media(stream, is_turned, num_frames=num_frames, fps=float(rate), seconds=seconds)
 
 
 def _media_from_packets(container: InputContainer) -> Media:
     """Count the frames and take their times from the packets; one is decoded, to see how it is turned."""
     stream = picture_stream(container)
     rate = float(stream.average_rate or stream.guessed_rate or _USUAL_FPS)
-    first, num_frames, ends = None, 0, [0.0]
+    first, num_frames, last = None, 0, (0.0, 0.0)
     for packet in packets_of(container, stream):
         if packet.size and not packet.is_discard:
             num_frames += 1
             if packet.pts is not None and is_timed(container, stream):
-                ends.append(seconds_of(packet, stream) + frame_seconds(packet, rate))
+                start = seconds_of(packet, stream)
+                last = max(last, (start, start + frame_seconds(packet, rate)))
         if first is None:
             with suppress(av.error.InvalidDataError):
                 first = next(iter(packet.decode()), None)
     if first is None:
         raise UnusableClip("has no frame that can be decoded")
-    seconds = max(ends) or num_frames / rate
+    seconds = last[1] or num_frames / rate
     # A rate that is named is exact where times are rounded; one that does not fit what was counted is no steady rate.
     fps = rate if abs(seconds * rate - num_frames) <= 0.5 + 0.02 * num_frames else num_frames / seconds
     return _media(stream, turn_of(first).is_transposed, num_frames=num_frames, fps=fps, seconds=seconds)

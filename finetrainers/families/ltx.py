@@ -139,7 +139,9 @@ class LTXVideo(Family):
         ]
 
     def count_text_tokens(self, encoders: dict[str, Any], captions: Sequence[str]) -> tuple[list[int], int]:
-        return [len(ids) for ids in encoders["tokenizer"](list(captions)).input_ids], self.max_text_tokens
+        # verbose=False: transformers would warn of indexing errors, though nothing longer is given to the encoder.
+        tokens = encoders["tokenizer"](list(captions), verbose=False)
+        return [len(ids) for ids in tokens.input_ids], self.max_text_tokens
 
     def predict(
         self,

@@ -69,7 +69,7 @@ class Trainer:
         drawn = [next(stream) for _ in range(self.gradient_accumulation_steps)]
         data_time = time.perf_counter() - begun
         # The only draws not made with the batch are a method's own, such as LoRA dropout.
-        torch.manual_seed(seed_for(self.seed, "step", self.state.step))
+        self.engine.generator.manual_seed(seed_for(self.seed, "step", self.state.step))
         num_samples = sum(batch.size for _, batch in drawn)
         loss = torch.zeros((), device=self.device)
         for _, batch in drawn:

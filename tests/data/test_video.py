@@ -138,6 +138,28 @@ def test_a_varying_rate_is_read_by_the_clock(
                 assert number in {frame_at(times, moment, tolerance) for tolerance in tolerances}, (window, moment)
 
 
+@pytest.mark.parametrize("steps", [[100] + [2] * 39, [2] * 39 + [100], [2] * 20 + [100] + [2] * 19])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_a_pause_promises_no_frame_that_is_not_there(tmp_path: Path, name: str, steps: list[int]) -> None:
+    ticks = [sum(steps[:number]) for number in range(NUM_FRAMES)]
+    media = probe(path := make(tmp_path, name, times=ticks, tick=Fraction(1, 100), options={"bf": "2", "g": "12"}))
+    for fps in (25.0, 50.0, 100.0, None):
+        for window in choose_windows(media, Bucket(9, HEIGHT, WIDTH), fps, "all"):
+            read(path, media, start=window.start_seconds, num_frames=9, fps=window.fps)
+
+
+@pytest.mark.parametrize("rate", [24, Fraction(30000, 1001), 60, 120], ids=str)
+def test_times_rounded_to_a_millisecond_neither_add_nor_lose_a_frame(tmp_path: Path, rate: Fraction | int) -> None:
+    for count in range(20, 32):
+        path = write_coded(tmp_path / "a.mkv", num_frames=count, rate=rate, height=32, width=64)
+        media = probe(path)
+        assert media.fps == float(rate)
+        (window,) = choose_windows(media, choose_bucket(media, [Bucket(count, 32, 64)], None), None, "all")
+        assert read_codes(read_window(path, media, window, height=32, width=64)) == list(range(count))
+        with pytest.raises(UnusableClip, match=f"{count} frames"):
+            choose_bucket(media, [Bucket(count + 1, 32, 64)], None)
+
+
 def test_an_edit_list_that_cuts_is_kept_to(tmp_path: Path) -> None:
     whole = make(tmp_path, "whole.mp4", **B_FRAMES)
     path = shifted_copy(whole, tmp_path / "cut.mp4", frames=7)
@@ -232,12 +254,8 @@ def test_cover_art_is_no_video(tmp_path: Path) -> None:
     def add(path: Path, *, with_video: bool) -> Path:
         with av.open(str(path), "w") as file:
             art = file.add_stream("mjpeg", rate=1)
-            art.height, art.width, art.pix_fmt, art.disposition = (
-                200,
-                200,
-                "yuvj420p",
-                av.stream.Disposition.attached_pic,
-            )
+            art.height, art.width, art.pix_fmt = 200, 200, "yuvj420p"
+            art.disposition = av.stream.Disposition.attached_pic.value
             sound = file.add_stream("aac", rate=8000, layout="mono")
             video = file.add_stream("libx264", rate=25) if with_video else None
             if video:
@@ -269,7 +287,7 @@ def test_of_two_videos_the_default_is_read_then_the_larger(tmp_path: Path) -> No
                 stream = file.add_stream("libx264", rate=25)
                 stream.height = stream.width = size
                 stream.pix_fmt = "yuv420p"
-                stream.disposition = av.stream.Disposition.default if number == default else 0
+                stream.disposition = av.stream.Disposition.default.value if number == default else 0
                 streams.append(stream)
             for stream in streams:
                 for _ in range(5):

@@ -1,0 +1,154 @@
+"""B1 and B2: what the loop costs beyond forward and backward, on tiny LTX transformers with LoRA, in one process.
+
+Rounds of whole steps (batches read from the cache, clipping, optimizer, schedule, metrics, progress) take turns with
+rounds of forward and backward alone on the same batches; the ratio is of medians over the rounds.
+Run: python benchmarks/loop.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import LTXVideoTransformer3DModel
+from machine import describe_machine
+
+from finetrainers.config.schema import LoraOptions
+from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream
+from finetrainers.data.cache import Cache
+from finetrainers.engines.single import SingleEngine
+from finetrainers.families.ltx import TARGETS, LTXVideo
+from finetrainers.folder import RunFolder
+from finetrainers.methods.lora import Lora
+from finetrainers.objectives import build_objective
+from finetrainers.training.metrics import MetricsFile
+from finetrainers.training.optimizer import build_optimizer, build_schedule
+from finetrainers.training.progress import ProgressLine
+from finetrainers.training.trainer import Trainer
+from finetrainers.types import Batch, Bucket, Sample
+
+SHAPES = {
+    "B1: 1 layer, 160 tokens, width 32": {"layers": 1, "heads": 4, "head": 8, "latent": (4, 5, 8), "goal": 1.10},
+    "B2: 6 layers, 1280 tokens, width 256": {"layers": 6, "heads": 4, "head": 64, "latent": (5, 16, 16), "goal": 1.01},
+}
+PEERS = {
+    "B1": "finetrainers main 1.84-1.92 (Accelerate), 1.71-1.79 (PTD), v0.0.1 1.69-1.71; bare torch with fused AdamW 1.06",
+    "B2": "finetrainers main 1.016-1.018, v0.0.1 1.015-1.016; bare torch with fused AdamW 1.003",
+}
+ROUNDS, WARM_UP = 15, 10
+
+
+class FakeFamily(LTXVideo):
+    """LTX-Video without a model folder: the benchmark builds its transformer from numbers."""
+
+    is_causal = False
+
+
+def build_trainer(folder: Path, shape: dict[str, Any], steps: int) -> Trainer:
+    """A whole trainer over a cache of 16 samples."""
+    frames, height, width = shape["latent"]
+    cache = Cache(folder / "cache")
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for index in range(16):
+        mean = torch.randn(128, frames, height, width, generator=generator)
+        moments = {"mean": mean, "logvar": mean.clone(), "shift": torch.zeros(128), "scale": torch.ones(128)}
+        cache.write("videos", f"v{index:02d}", moments)
+        text = {"prompt_embeds": torch.randn(128, 32, generator=generator)}
+        text["prompt_attention_mask"] = torch.ones(128, dtype=torch.bool)
+        cache.write("texts", f"t{index:02d}", text)
+        bucket = Bucket(8 * frames - 7, 32 * height, 32 * width)
+        tokens = frames * height * width
+        samples.append(Sample(str(index), f"v{index:02d}", f"t{index:02d}", "", bucket, 25.0, tokens))
+    transformer = LTXVideoTransformer3DModel(
+        num_attention_heads=shape["heads"],
+        attention_head_dim=shape["head"],
+        cross_attention_dim=shape["heads"] * shape["head"],
+        num_layers=shape["layers"],
+        caption_channels=32,
+    )
+    objective = build_objective("shifted_logit_normal", logit_mean=0.0, logit_std=1.0, uniform_share=0.1)
+    options = LoraOptions(rank=4, target_modules=TARGETS)
+    method = Lora(FakeFamily(folder), objective, options, dtype=torch.float32)
+    trained = method.attach(transformer, seed=0)
+    parameters = list(trained.values())
+    optimizer = build_optimizer("adamw", parameters, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
+    drawer = BatchDrawer(samples, cache, objective.sample_sigma, 0, 0.05, "t00")
+    progress = ProgressLine()
+    return Trainer(
+        method=method,
+        transformer=transformer,
+        trained=trained,
+        batches=BatchStream(BatchOrder(samples, batch_size=1, seed=0), drawer, num_workers=2, pin_memory=False),
+        optimizer=optimizer,
+        schedule=build_schedule("constant", optimizer, warmup_steps=0, steps=steps),
+        engine=SingleEngine(),
+        callbacks=[MetricsFile(RunFolder(folder), listeners=[progress.on_row]), progress],
+        steps=steps,
+        gradient_accumulation_steps=1,
+        max_grad_norm=1.0,
+        seed=0,
+    )
+
+
+def forward_backward(trainer: Trainer, batches: list[Batch]) -> float:
+    """Seconds per batch of forward and backward alone."""
+    total = 0.0
+    for batch in batches:
+        begun = time.perf_counter()
+        trainer.loss(batch).sum().backward()
+        total += time.perf_counter() - begun
+        for parameter in trainer.trained.values():
+            parameter.grad = None
+    return total / len(batches)
+
+
+def measure(shape: dict[str, Any], steps_per_round: int) -> dict[str, Any]:
+    """Medians over rounds, in milliseconds, and their ratio."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(Path(folder), shape, steps=10**6)
+        for callback in trainer.callbacks:
+            callback.on_start(trainer)
+        stream = trainer.batches.start(0)
+        bare = [batch for _, batch in (next(stream) for _ in range(steps_per_round))]
+
+        def whole_steps() -> float:
+            begun = time.perf_counter()
+            for _ in range(steps_per_round):
+                outcome = trainer.step(stream)
+                for callback in trainer.callbacks:
+                    callback.on_step_end(trainer, outcome)
+            return (time.perf_counter() - begun) / steps_per_round
+
+        for _ in range(-(-WARM_UP // steps_per_round)):
+            whole_steps(), forward_backward(trainer, bare)
+        rounds = [(whole_steps(), forward_backward(trainer, bare)) for _ in range(ROUNDS)]
+        stream.close()
+        for callback in trainer.callbacks:
+            callback.close()
+    ratios = sorted(step / alone for step, alone in rounds)
+    return {
+        "step_ms": 1000 * statistics.median(step for step, _ in rounds),
+        "forward_backward_ms": 1000 * statistics.median(alone for _, alone in rounds),
+        "ratio": statistics.median(ratios),
+        "ratio_min_max": [ratios[0], ratios[-1]],
+        "goal": shape["goal"],
+    }
+
+
+def main() -> None:
+    """Measure both shapes; write and print the record."""
+    torch.set_num_threads(1)
+    rows = {name: measure(shape, 20 if shape["layers"] == 1 else 4) for name, shape in SHAPES.items()}
+    record = {"machine": describe_machine() | {"torch_threads": 1}, "results": rows, "peers": PEERS}
+    Path(__file__).with_name("results").joinpath("loop.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()

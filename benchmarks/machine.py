@@ -1,0 +1,26 @@
+"""What a result must say of where it was measured: hardware, versions, command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, versions and the command that was run."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    packages = ("torch", "diffusers", "transformers", "peft", "av", "safetensors")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "command": "python " + " ".join([str(Path(sys.argv[0])), *sys.argv[1:]]),
+    }
