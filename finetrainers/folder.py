@@ -74,6 +74,13 @@ def steps_in(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def old_steps(folder: Path, *, keep: int, current: int) -> list[Path]:
+    """The `step-N` folders to remove so that `keep` stay: the oldest, but never the current step's. A run that goes on
+    from an earlier checkpoint saves beside later steps, which may be damaged."""
+    others = [path for step, path in steps_in(folder).items() if step != current]
+    return others[: max(len(others) + 1 - keep, 0)]
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable (a rename survives a power cut only after this)."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetrainers.folder import LORA_FILE, step_name, steps_in
+from finetrainers.folder import LORA_FILE, old_steps, step_name
 
 
 def write_lora(folder: Path, state_dict: Mapping[str, Tensor], peft_config: Mapping[str, Any]) -> Path:
@@ -83,7 +83,7 @@ class WeightsFolder:
         link.symlink_to(final.name)
         link.replace(self.root / "latest")
         if self.keep is not None:
-            for old in list(steps_in(self.root).values())[: -self.keep]:
+            for old in old_steps(self.root, keep=self.keep, current=step):
                 shutil.rmtree(old)
         return final
 

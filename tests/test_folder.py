@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetrainers import folder as module
-from finetrainers.folder import RunFolder, read_rows, slug, step_name, steps_in, write_atomically
+from finetrainers.folder import RunFolder, old_steps, read_rows, slug, step_name, steps_in, write_atomically
 
 SLUGS = [
     ("A red circle moves!", "a-red-circle-moves"),
@@ -51,6 +51,24 @@ def test_steps_in(tmp_path):
     assert step_name(20) == "step-00000020" and sorted(map(step_name, (9, 10, 99_999))) == list(
         map(step_name, (9, 10, 99_999))
     )
+
+
+OLD = [
+    ([1, 2, 3], 1, 3, [1, 2]),
+    ([1, 2, 3], 2, 3, [1]),
+    ([1, 2, 3], 3, 3, []),
+    ([3], 1, 3, []),
+    ([7, 8, 9, 4], 1, 4, [7, 8, 9]),
+    ([7, 8, 9, 4], 2, 4, [7, 8]),
+    ([2, 4, 6, 5], 2, 5, [2, 4]),
+]
+
+
+@pytest.mark.parametrize(("steps", "keep", "current", "expected"), OLD)
+def test_old_steps_are_never_the_current_one(tmp_path, steps, keep, current, expected):
+    for step in steps:
+        (tmp_path / step_name(step)).mkdir()
+    assert old_steps(tmp_path, keep=keep, current=current) == [tmp_path / step_name(step) for step in expected]
 
 
 def test_asking_for_names_creates_nothing(tmp_path):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from finetrainers.errors import UserError
-from finetrainers.folder import fsync_folder, step_name, steps_in
+from finetrainers.folder import fsync_folder, old_steps, step_name, steps_in
 from finetrainers.hashing import file_digest
 from finetrainers.training.callback import Callback
 from finetrainers.training.random_state import read_random_state, write_random_state
@@ -97,7 +97,7 @@ class Checkpointer(Callback):
         for leftover in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
         if self.keep is not None:
-            for old in list(steps_in(self.folder).values())[: -self.keep]:
+            for old in old_steps(self.folder, keep=self.keep, current=self._saved_step):
                 shutil.rmtree(old)
 
 
