@@ -37,8 +37,8 @@ SHAPES = {
     "B2: 6 layers, 1280 tokens, width 256": {"layers": 6, "heads": 4, "head": 64, "latent": (5, 16, 16), "goal": 1.01},
 }
 PEERS = {
-    "B1": "finetrainers main 1.84-1.92 (Accelerate), 1.71-1.79 (PTD), v0.0.1 1.69-1.71; bare torch with fused AdamW 1.06",
-    "B2": "finetrainers main 1.016-1.018, v0.0.1 1.015-1.016; bare torch with fused AdamW 1.003",
+    "B1": "finetrainers main 1.84-1.92 (Accelerate), 1.71-1.79 (PTD), v0.0.1 1.69-1.71; bare torch, fused AdamW 1.06",
+    "B2": "finetrainers main 1.016-1.018, v0.0.1 1.015-1.016; bare torch, fused AdamW 1.003",
 }
 ROUNDS, WARM_UP = 15, 10
 

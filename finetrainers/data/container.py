@@ -27,6 +27,8 @@ _PATIENCE_SECONDS = 30.0
 """Longest wait for the next frame of a file, or for one read from it."""
 
 
+_LEAD_SECONDS = 10.0
+"""How far before the first frame's time the beginning is sought: a frame is stored earlier than it is shown."""
 _UNSEEKABLE = ("flv", "mpeg")
 """Decoded from the beginning, since FFmpeg finds neither the way back to it nor, in mpeg, the time of each frame."""
 
@@ -188,8 +190,7 @@ def _seek(container: InputContainer, stream: VideoStream, start_seconds: float) 
     start = origin + round(start_seconds * ticks)
     aim, step = start_seconds, 1.0
     while True:
-        # The first frame may be stored as earlier than it is shown, so the beginning lies before its time.
-        container.seek(origin + int((aim or -_PATIENCE_SECONDS) * ticks), stream=stream)
+        container.seek(origin + int((aim or -_LEAD_SECONDS) * ticks), stream=stream)
         frames = decode(container, stream)
         first = next(frames, None)
         if aim == 0 or (first and first.key_frame and first.pts is not None and first.pts <= start):

@@ -41,6 +41,8 @@ def find_family(
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise UserError(f"model.path {path}: its model_index.json names no `_class_name`, or is not JSON") from None
+    if weights:
+        hide_loading_bars()
     kinds = all_families()
     for kind in kinds:
         if class_name in kind.pipelines:
@@ -49,6 +51,15 @@ def find_family(
             return kind(folder, vae_tiling=vae_tiling)
     known = "; ".join(f"{kind.name} ({', '.join(kind.pipelines)})" for kind in kinds)
     raise UserError(f"model.path {path} is a {class_name}, which is not supported; supported are: {known}")
+
+
+def hide_loading_bars() -> None:
+    """No bars for reading and writing local files, which take no time; a download, which does, came before."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def _check_task(kind: type[Family], task: str) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import av
 import numpy as np
+import pytest
 from torch import Tensor
 
 BITS = 8
 DARK, BRIGHT = 40, 215
 SOUND_RATE = 8000
+NUM_FRAMES, HEIGHT, WIDTH = 40, 96, 160
 
 
 def coded_picture(number: int, *, height: int, width: int) -> np.ndarray:
@@ -40,9 +42,9 @@ def read_codes(video_FCHW: Tensor) -> list[int]:
 def write_coded(
     path: Path,
     *,
-    num_frames: int = 40,
-    height: int = 96,
-    width: int = 160,
+    num_frames: int = NUM_FRAMES,
+    height: int = HEIGHT,
+    width: int = WIDTH,
     rate: Fraction | int = 25,
     codec: str = "libx264",
     pixel_format: str = "yuv420p",
@@ -94,3 +96,53 @@ def shifted_copy(source: Path, path: Path, *, frames: int) -> Path:
                 packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
                 new.mux(packet)
     return path
+
+
+B_FRAMES = {"options": {"bf": "2", "g": "12"}}
+OPEN_GOP = {"options": {"x264-params": "open-gop=1:keyint=12:bframes=3"}}
+QUIET_X265 = {"codec": "libx265", "options": {"x265-params": "log-level=none:keyint=12"}}
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "plain.mp4": B_FRAMES,
+    "plain.mov": B_FRAMES,
+    "plain.mkv": B_FRAMES,
+    "plain.ts": B_FRAMES,
+    "plain.avi": B_FRAMES,
+    "plain.flv": B_FRAMES,
+    "stream.h264": B_FRAMES,
+    "intra_refresh.mp4": {"options": {"x264-params": "intra-refresh=1:keyint=12:bframes=0"}},
+    "open_gop.mp4": OPEN_GOP,
+    "open_gop.ts": OPEN_GOP,
+    "open_gop.mkv": OPEN_GOP,
+    "fragmented.mp4": {**B_FRAMES, "muxing": {"movflags": "frag_keyframe+empty_moov"}},
+    "no_duration.mkv": {**B_FRAMES, "muxing": {"live": "1"}},
+    "late_start.mp4": {**B_FRAMES, "times": range(100, 100 + NUM_FRAMES)},
+    "late_start.ts": {**B_FRAMES, "times": range(100, 100 + NUM_FRAMES)},
+    "ten_bit.mp4": {**B_FRAMES, "pixel_format": "yuv420p10le"},
+    "full_chroma.mp4": {**B_FRAMES, "pixel_format": "yuv444p"},
+    "long_sound.mkv": {**B_FRAMES, "sound_seconds": 4},
+    "long_sound.mp4": {**B_FRAMES, "sound_seconds": 4},
+    "hevc.mp4": QUIET_X265,
+    "hevc.ts": QUIET_X265,
+    "stream.hevc": QUIET_X265,
+    "vp8.webm": {"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "16"}},
+    "vp9.webm": {"codec": "libvpx-vp9"},
+    "vp9.ivf": {"codec": "libvpx-vp9"},
+    "av1.mp4": {"codec": "libsvtav1"},
+    "stream.obu": {"codec": "libsvtav1"},
+    "mpeg2.mpg": {"codec": "mpeg2video", "options": {"bf": "2"}},
+    "mpeg2.ts": {"codec": "mpeg2video", "options": {"bf": "2"}},
+    "mpeg4.avi": {"codec": "mpeg4", "options": {"bf": "2"}},
+    "prores.mov": {"codec": "prores_ks", "pixel_format": "yuv422p10le"},
+    "lossless.mkv": {"codec": "ffv1"},
+    "animation.gif": {"codec": "gif", "pixel_format": "rgb8"},
+}
+"""Ways to write the same clip: one of NUM_FRAMES frames, 25 a second."""
+
+
+def make(folder: Path, name: str, **settings: Any) -> Path:
+    """Write a coded clip, or skip the test where its codec is missing."""
+    codec = settings.get("codec", "libx264")
+    if codec not in av.codecs_available:
+        pytest.skip(f"this build of PyAV has no {codec} to write the clip with")
+    return write_coded(folder / name, **settings)

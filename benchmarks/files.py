@@ -1,0 +1,160 @@
+"""B11 to B14: reading a cached sample, the size of a checkpoint, the start of the program, the memory of a tiny run.
+
+Run: python benchmarks/files.py
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import LTXVideoTransformer3DModel
+from loop import FakeFamily
+from machine import describe_machine
+from safetensors.torch import save_file
+
+from finetrainers.config.schema import LoraOptions
+from finetrainers.data.cache import Cache
+from finetrainers.demo.clips import render_clips
+from finetrainers.demo.model import write_tiny_ltx
+from finetrainers.families.ltx import TARGETS
+from finetrainers.methods.lora import Lora
+from finetrainers.objectives import build_objective
+from finetrainers.training.checkpoint import Checkpointer
+from finetrainers.training.optimizer import build_optimizer, build_schedule
+from finetrainers.training.state import TrainState
+
+GOALS = {
+    "B11 ms per 2.4 MB item": 0.25,
+    "B12 checkpoint / LoRA file": 3.1,
+    "B13 --help seconds": 0.3,
+    "B14 peak MB of a tiny run": 480,
+}
+PEERS = {
+    "B11": "torch.load(weights_only) of two files 1.30 ms",
+    "B12": "finetrainers main 148 times the LoRA file (the whole base model)",
+    "B13": "4.9 s (ai-toolkit) to 11.1 s (SimpleTuner)",
+    "B14": "600 (v0.0.1) to 640 MB (main); imports alone 420 MB",
+}
+
+
+def cache_read() -> dict[str, float]:
+    """Milliseconds to read latents and text of one sample, 2.4 MB in bf16, in random order."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache, count = Cache(Path(folder)), 200
+        for index in range(count):
+            latents = torch.randn(2, 128, 7, 16, 24).bfloat16()
+            cache.write("videos", f"{index:04d}", {"mean": latents[0], "logvar": latents[1]})
+            cache.write("texts", f"{index:04d}", {"prompt_embeds": torch.randn(128, 4096).bfloat16()})
+        order = list(range(count)) * 5
+        random.Random(0).shuffle(order)
+        times = []
+        for index in order:
+            begun = time.perf_counter()
+            cache.read("videos", f"{index:04d}"), cache.read("texts", f"{index:04d}")
+            times.append(1000 * (time.perf_counter() - begun))
+    return {"median_ms": statistics.median(times), "p95_ms": statistics.quantiles(times, n=20)[-1]}
+
+
+class Bare:
+    """As much of a trainer as a checkpoint looks at."""
+
+    def __init__(self, trained: dict[str, torch.nn.Parameter]) -> None:
+        self.trained, self.callbacks, self.device = trained, (), torch.device("cpu")
+        self.state = TrainState(step=1)
+        settings = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+        self.optimizer = build_optimizer("adamw", list(trained.values()), **settings)
+        self.schedule = build_schedule("constant", self.optimizer, warmup_steps=0, steps=1)
+        for parameter in trained.values():
+            parameter.grad = torch.ones_like(parameter)
+        self.optimizer.step()
+
+
+def checkpoint() -> dict[str, float]:
+    """Size of a checkpoint over that of its LoRA file, and seconds to save and load against a copy in memory."""
+    transformer = LTXVideoTransformer3DModel(num_layers=4)
+    objective = build_objective("uniform", logit_mean=0.0, logit_std=1.0, uniform_share=0.0)
+    family = FakeFamily(Path())
+    method = Lora(family, objective, LoraOptions(rank=128, target_modules=TARGETS), dtype=torch.float32)
+    trainer: Any = Bare(method.attach(transformer, seed=0))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        method.save(transformer, folder)
+        lora = next(folder.glob("*.safetensors")).stat().st_size
+        saver = Checkpointer(folder / "checkpoints", every=0, keep=1, identity={})
+        begun = time.perf_counter()
+        saved = saver.save(trainer)
+        save_seconds = time.perf_counter() - begun
+        size = sum(path.stat().st_size for path in saved.iterdir())
+        begun = time.perf_counter()
+        saver.resume(trainer, "auto")
+        load_seconds = time.perf_counter() - begun
+        state = [tensor for entry in trainer.optimizer.state.values() for tensor in entry.values()]
+        begun = time.perf_counter()
+        save_file({str(n): t.detach().clone() for n, t in enumerate([*trainer.trained.values(), *state])}, folder / "x")
+        bare_seconds = time.perf_counter() - begun
+    return {
+        "lora_mb": lora / 1e6,
+        "checkpoint_mb": size / 1e6,
+        "ratio": size / lora,
+        "save_seconds": save_seconds,
+        "load_and_verify_seconds": load_seconds,
+        "one_bare_safetensors_write_seconds": bare_seconds,
+    }
+
+
+def start_up() -> dict[str, float]:
+    """Wall seconds of `finetrainers --help` in a fresh interpreter, warm."""
+    times = []
+    for _ in range(8):
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "finetrainers", "train", "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - begun)
+    return {"median_seconds": statistics.median(times[1:]), "min_seconds": min(times[1:])}
+
+
+PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+IMPORTS = "import torch, diffusers, peft, transformers; from diffusers import LTXPipeline; " + PEAK
+RUN = "import sys; from finetrainers.cli import main; assert main(sys.argv[1:]) == 0; " + PEAK
+
+
+def tiny_run() -> dict[str, float]:
+    """Peak resident memory of a whole tiny run, and of the imports alone, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = {
+            "model": {"path": str(write_tiny_ltx(folder / "model"))},
+            "data": {"train": str(render_clips(folder / "clips", 4, num_frames=17).parent), "buckets": ["17x96x96"]},
+            "method": {"rank": 4},
+            "training": {"steps": 20, "precision": "fp32"},
+            "validation": {"every": 0},
+            "output": str(folder / "run"),
+        }
+        (folder / "c.yaml").write_text(yaml.safe_dump(settings))
+
+        def peak_mb(code: str, *arguments: str) -> float:
+            done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+            return int(done.stdout.splitlines()[-1]) / 1024
+
+        return {"imports_mb": peak_mb(IMPORTS), "run_mb": peak_mb(RUN, "train", str(folder / "c.yaml"), "--quiet")}
+
+
+def main() -> None:
+    """Measure all; write and print the record."""
+    results = {"B11": cache_read(), "B13": start_up(), "B14": tiny_run(), "B12": checkpoint()}
+    record = {"machine": describe_machine(), "goals": GOALS, "results": results, "peers": PEERS}
+    Path(__file__).with_name("results").joinpath("files.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()

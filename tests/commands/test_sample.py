@@ -1,0 +1,151 @@
+"""Videos of a base model and of what was trained, the same for the same seed; wrong input in one line."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import LTXVideoTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from finetrainers.folder import LORA_FILE
+from finetrainers.weights import write_lora, write_transformer
+from tests.commands.conftest import Answer
+
+FAST = ["--size", "9x64x96", "--steps", "2", "--precision", "fp32", "--quiet"]
+PROMPT = "a red circle moves"
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters on the first attention of the tiny model, strong enough to be seen."""
+    folder = tmp_path_factory.mktemp("lora")
+    layers = [f"transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_v", "to_out.0")]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{layer}.lora_{part}.weight": torch.randn((4, 32) if part == "A" else (32, 4), generator=generator)
+        for layer in layers
+        for part in "AB"
+    }
+    write_lora(folder, tensors, {"r": 4, "lora_alpha": 4, "target_modules": layers})
+    return folder
+
+
+@pytest.fixture
+def render(call: Callable[..., Answer], model: Path, tmp_path: Path) -> Callable[..., list[np.ndarray]]:
+    """The frames of each video that `sample` makes with these options."""
+
+    def render(*options: object, prompts: tuple[str, ...] = (PROMPT,)) -> list[np.ndarray]:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        given = [part for prompt in prompts for part in ("--prompt", prompt)]
+        answer = call("sample", model, *given, "--output", tmp_path / "out", *FAST, *options)
+        assert answer.code == 0, answer.err
+        paths = [Path(line) for line in answer.out.splitlines()]
+        assert sorted(paths) == sorted((tmp_path / "out").iterdir()), "one line for each video, and no other file"
+        return [frames(path) for path in paths]
+
+    return render
+
+
+def frames(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def differ(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
+    return any(np.abs(a.astype(int) - b).mean() > 0.5 for a, b in zip(one, other, strict=True))
+
+
+def test_a_video_for_each_prompt(render, tmp_path):
+    videos = render("--fps", "8", prompts=(PROMPT, "../../etc/passwd", PROMPT))
+    assert [video.shape for video in videos] == [(9, 64, 96, 3)] * 3
+    names = ["00-a-red-circle-moves.mp4", "01-etc-passwd.mp4", "02-a-red-circle-moves.mp4"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    with av.open(str(tmp_path / "out" / names[0])) as container:
+        assert container.streams.video[0].average_rate == 8
+    assert np.array_equal(videos[0], videos[2]) and differ(videos[:1], videos[1:2])
+
+
+def test_the_seed_decides(render):
+    first = render("--seed", "7")
+    again, other = render("--seed", "7"), render("--seed", "8")
+    assert [video.tobytes() for video in first] == [video.tobytes() for video in again]
+    assert differ(first, other)
+
+
+def test_a_lora_changes_the_video_by_its_scale(render, lora):
+    base, trained = render(), render("--lora", lora)
+    assert differ(base, trained)
+    assert [v.tobytes() for v in trained] == [v.tobytes() for v in render("--lora", lora / LORA_FILE)]
+    assert differ(trained, render("--lora", lora, "--lora-scale", "0.3"))
+    assert not differ(base, render("--lora", lora, "--lora-scale", "0"))
+
+
+def test_a_transformer_changes_the_video(render, model, tmp_path):
+    transformer = LTXVideoTransformer3DModel.from_pretrained(model, subfolder="transformer")
+    state = {name: tensor * 1.5 for name, tensor in transformer.state_dict().items()}
+    write_transformer(tmp_path, state, transformer, torch.float32)
+    base, trained = render(), render("--transformer", tmp_path / "transformer")
+    assert differ(base, trained)
+    assert not differ(trained, render("--transformer", tmp_path)), "the folder that holds it will do"
+
+
+@pytest.mark.parametrize(
+    "options", [("--guidance-scale", "9"), ("--negative-prompt", "blue"), ("--steps", "5")], ids=lambda given: given[0]
+)
+def test_each_option_reaches_the_pipeline(render, options):
+    assert differ(render(), render(*options))
+
+
+def test_bf16_is_the_default(call, model, tmp_path):
+    answer = call(
+        "sample", model, "--prompt", PROMPT, "--output", tmp_path, "--size", "9x32x32", "--steps", "1", "--quiet"
+    )
+    assert answer.code == 0, answer.err
+    assert frames(Path(answer.out.strip())).shape == (9, 32, 32, 3)
+
+
+WRONG = {
+    "a size that the model cannot take": (["--size", "10x64x96"], ["--size 10x64x96", "8k+1", "9x64x96"]),
+    "a size that is none": (["--size", "9x64"], ["'9x64'", "FRAMESxHEIGHTxWIDTH"]),
+    "a missing lora": (["--lora", "nowhere.safetensors"], ["--lora nowhere.safetensors", LORA_FILE]),
+    "a folder without lora": (["--lora", "EMPTY"], ["--lora", LORA_FILE]),
+    "no steps": (["--steps", "0"], ["--steps", "0"]),
+    "a rate of nothing": (["--fps", "0"], ["--fps", "0"]),
+    "a rate that is no number": (["--fps", "nan"], ["--fps", "nan"]),
+    "a missing transformer": (["--transformer", "EMPTY"], ["--transformer", "config.json"]),
+    "a file that is no lora": (["--lora", "OTHER"], ["--lora"]),
+    "a torn lora": (["--lora", "TORN"], ["--lora"]),
+    "weights of another model": (["--lora", "MISFIT"], ["--lora"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(call, model, lora, tmp_path, case):
+    options, parts = WRONG[case]
+    (tmp_path / "EMPTY").mkdir()
+    save_file({"x": torch.ones(1)}, tmp_path / "OTHER")
+    (tmp_path / "TORN").write_bytes((lora / LORA_FILE).read_bytes()[:-9])
+    misfit = {name: tensor[..., :3].contiguous() for name, tensor in load_file(lora / LORA_FILE).items()}
+    save_file(misfit, tmp_path / "MISFIT")
+    options = [str(tmp_path / option) if option.isupper() else option for option in options]
+    given = ["--prompt", PROMPT, "--output", tmp_path / "out", "--size", "9x64x96", "--steps", "1"]
+    refusal = call("sample", model, *given, *options).refusal
+    assert all(part in refusal for part in parts), refusal
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_model(call, tmp_path):
+    assert "nowhere" in call("sample", tmp_path / "nowhere", "--prompt", PROMPT).refusal
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    refusal = call("sample", tmp_path, "--prompt", PROMPT).refusal
+    assert "FluxPipeline" in refusal and "supported are: ltx" in refusal
+
+
+def test_a_prompt_must_be_given(call, model):
+    answer = call("sample", model)
+    assert answer.code == 2 and "--prompt" in answer.err
