@@ -175,4 +175,6 @@ class _StderrHandler(logging.Handler):
 def _set_up_logging(*, quiet: bool) -> None:
     """Our own log on stderr, other libraries' warnings with it."""
     logging.basicConfig(level=logging.WARNING, handlers=[_StderrHandler()], format="%(message)s", force=True)
+    # It warns at import that it cannot fetch a kernel which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("finetrainers").setLevel(logging.WARNING if quiet else logging.INFO)

@@ -12,6 +12,7 @@ from finetrainers.config.load import build_config
 from finetrainers.demo.clips import render_clips
 from finetrainers.demo.model import write_tiny_ltx
 from finetrainers.errors import UserError
+from finetrainers.families.find import hide_loading_bars
 from finetrainers.folder import RunFolder, write_atomically
 
 _NUM_CLIPS = 12
@@ -24,6 +25,7 @@ def demo(output: str, *, steps: int) -> int:
     if steps < 1:
         raise UserError(f"--steps must be at least 1, but is {steps}")
     root = Path(output)
+    hide_loading_bars()
     print(f"rendering {_NUM_CLIPS} captioned clips and writing a tiny LTX-Video model under {root}/")
     clips = render_clips(root / "clips", _NUM_CLIPS, num_frames=33, height=128, width=128, fps=_FPS).parent
     model = write_tiny_ltx(root / "model")

@@ -89,12 +89,16 @@ def _draw(curve: Curve, place: Callable[[Point], Point]) -> list[str]:
     return parts
 
 
+_ENOUGH = 50
+"""Fewer values than this are all shown: among few, a high one is no spike but the start."""
+
+
 def _frame(values: Sequence[float]) -> tuple[float, float]:
     """The range shown: all values, but for a few that stand so far above the rest that they would flatten it."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     usual = ordered[int(0.98 * (len(ordered) - 1))]
-    if high - low > 4 * (usual - low) > 0:
+    if len(ordered) >= _ENOUGH and high - low > 4 * (usual - low) > 0:
         high = low + 2 * (usual - low)
     margin = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
     return (low if low == 0 else low - margin), high + margin
