@@ -14,7 +14,8 @@ def models() -> int:
     table = Table("family", "models", "tasks", "methods", "recognised by (model_index.json)")
     for family in all_families():
         table.add_row(
-            family.name, family.variants, ", ".join(family.tasks), ", ".join(METHODS), ", ".join(family.pipelines)
+            family.name, family.variants, ", ".join(family.tasks), ", ".join(METHODS), "\n".join(family.pipelines)
         )
-    Console(width=None).print(table)
+    # At least so wide that no name is broken, also in a pipe and on a narrow page.
+    Console(width=max(Console().width, 120)).print(table)
     return 0

@@ -43,14 +43,13 @@ def sample(**given: Any) -> int:
     family = find_family(request.model, revision=None, task="text-to-video")
     bucket = check_size(family, request.size)
     fps = family.default_fps if request.fps is None else request.fps
-    if request.steps < 1 or fps <= 0:
-        raise UserError(f"--steps must be at least 1 and --fps more than 0, but they are {request.steps} and {fps}")
+    if request.steps < 1 or not 0 < fps <= 1000:
+        raise UserError(f"--steps must be at least 1 and --fps up to 1000, but they are {request.steps} and {fps}")
     pipeline = family.load_pipeline(DTYPES[request.precision])
     if request.transformer:
         pipeline.transformer = load_transformer(pipeline, Path(request.transformer), DTYPES[request.precision])
     if weights:
-        pipeline.load_lora_weights(weights.parent, weight_name=weights.name, adapter_name="lora")
-        pipeline.set_adapters(["lora"], [request.lora_scale])
+        load_lora(pipeline, weights, request.lora_scale)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     options = SamplingOptions(request.steps, request.guidance_scale, fps, request.seed)
     for number, text in enumerate(request.prompt):
@@ -68,6 +67,16 @@ def find_lora(given: str) -> Path:
     if not file.is_file():
         raise UserError(f"--lora {given}: no such file; give {LORA_FILE} or the folder that holds it")
     return file
+
+
+def load_lora(pipeline: Any, file: Path, scale: float) -> None:
+    """Put a LoRA beside the transformer's weights. Raises UserError when it does not fit them, or is none."""
+    try:
+        pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="lora")
+        pipeline.set_adapters(["lora"], [scale])
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--lora {file}: cannot be loaded into this model: {reason}") from error
 
 
 def check_size(family: Family, size: str | None) -> Bucket:

@@ -114,7 +114,9 @@ def write_video(path: Path, video_FHWC: np.ndarray, fps: float) -> None:
     try:
         with av.open(f"file:{temporary}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
             codec = "libx264" if "libx264" in av.codecs_available else container.default_video_codec
-            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options={"crf": "18"})
+            # With mbtree, x264 gives another file for the same frames now and then.
+            options = {"crf": "18", "mbtree": "0"}
+            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
             stream.pix_fmt, stream.height, stream.width = "yuv420p", height + height % 2, width + width % 2
             stream.codec_context.colorspace, stream.codec_context.color_range = _BT709, ColorRange.MPEG
             reformatter = VideoReformatter()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetrainers.errors import UserError
 from finetrainers.families.base import Family, SamplingOptions
 from finetrainers.types import Bucket
 
@@ -190,6 +191,10 @@ class LTXVideo(Family):
         return pipeline
 
     def render(self, pipeline: Any, bucket: Bucket, options: SamplingOptions, **prompt: Any) -> Tensor:
+        if options.num_inference_steps == 1 and pipeline.scheduler.config.get("shift_terminal"):
+            raise UserError(
+                "this model needs at least 2 denoising steps: its noise schedule stretches from first to last"
+            )
         guidance = 3.0 if options.guidance_scale is None else options.guidance_scale
         frames_FCHW = pipeline(
             height=bucket.height,

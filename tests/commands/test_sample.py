@@ -103,7 +103,7 @@ def test_each_option_reaches_the_pipeline(render, options):
 
 def test_bf16_is_the_default(call, model, tmp_path):
     answer = call(
-        "sample", model, "--prompt", PROMPT, "--output", tmp_path, "--size", "9x32x32", "--steps", "1", "--quiet"
+        "sample", model, "--prompt", PROMPT, "--output", tmp_path, "--size", "9x32x32", "--steps", "2", "--quiet"
     )
     assert answer.code == 0, answer.err
     assert frames(Path(answer.out.strip())).shape == (9, 32, 32, 3)
@@ -114,13 +114,14 @@ WRONG = {
     "a size that is none": (["--size", "9x64"], ["'9x64'", "FRAMESxHEIGHTxWIDTH"]),
     "a missing lora": (["--lora", "nowhere.safetensors"], ["--lora nowhere.safetensors", LORA_FILE]),
     "a folder without lora": (["--lora", "EMPTY"], ["--lora", LORA_FILE]),
+    "one step, which the schedule cannot divide": (["--steps", "1"], ["at least 2 denoising steps"]),
     "no steps": (["--steps", "0"], ["--steps", "0"]),
     "a rate of nothing": (["--fps", "0"], ["--fps", "0"]),
     "a rate that is no number": (["--fps", "nan"], ["--fps", "nan"]),
     "a missing transformer": (["--transformer", "EMPTY"], ["--transformer", "config.json"]),
-    "a file that is no lora": (["--lora", "OTHER"], ["--lora"]),
-    "a torn lora": (["--lora", "TORN"], ["--lora"]),
-    "weights of another model": (["--lora", "MISFIT"], ["--lora"]),
+    "a file that is no lora": (["--lora", "OTHER.safetensors"], ["--lora"]),
+    "a torn lora": (["--lora", "TORN.safetensors"], ["--lora"]),
+    "weights of another model": (["--lora", "MISFIT.safetensors"], ["--lora"]),
 }
 
 
@@ -128,12 +129,12 @@ WRONG = {
 def test_wrong_input(call, model, lora, tmp_path, case):
     options, parts = WRONG[case]
     (tmp_path / "EMPTY").mkdir()
-    save_file({"x": torch.ones(1)}, tmp_path / "OTHER")
-    (tmp_path / "TORN").write_bytes((lora / LORA_FILE).read_bytes()[:-9])
+    save_file({"x": torch.ones(1)}, tmp_path / "OTHER.safetensors")
+    (tmp_path / "TORN.safetensors").write_bytes((lora / LORA_FILE).read_bytes()[:-9])
     misfit = {name: tensor[..., :3].contiguous() for name, tensor in load_file(lora / LORA_FILE).items()}
-    save_file(misfit, tmp_path / "MISFIT")
-    options = [str(tmp_path / option) if option.isupper() else option for option in options]
-    given = ["--prompt", PROMPT, "--output", tmp_path / "out", "--size", "9x64x96", "--steps", "1"]
+    save_file(misfit, tmp_path / "MISFIT.safetensors")
+    options = [str(tmp_path / option) if option.split(".")[0].isupper() else option for option in options]
+    given = ["--prompt", PROMPT, "--output", tmp_path / "out", "--size", "9x64x96", "--steps", "2"]
     refusal = call("sample", model, *given, *options).refusal
     assert all(part in refusal for part in parts), refusal
     assert not (tmp_path / "out").exists()
