@@ -24,12 +24,12 @@ from finetrainers.training.callback import Callback
 from finetrainers.training.checkpoint import Checkpointer
 from finetrainers.training.memory import MemoryPhases
 from finetrainers.training.metrics import MetricsFile
-from finetrainers.training.optimizer import build_optimizer, build_schedule
+from finetrainers.training.optimizer import build_optimizer, build_schedule, check_optimizer
 from finetrainers.training.progress import ProgressLine
 from finetrainers.training.random_state import seed_random_state
 from finetrainers.training.saving import WeightsSaver
 from finetrainers.training.signals import StopSignals
-from finetrainers.training.tracking import Trackers, build_trackers
+from finetrainers.training.tracking import Trackers, build_trackers, check_trackers
 from finetrainers.training.trainer import Trainer
 from finetrainers.training.validation import HeldOutLoss, SampleVideos, Validation
 from finetrainers.types import Bucket, Sample
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 def train(config: RunConfig, *, resume: str = "auto") -> int:
     """The main job, from clips to weights; returns 0. Raises Interrupted after a signal, once all is saved."""
     with StopSignals() as signals:
+        check_trackers(config.tracking.trackers)
+        check_optimizer(config.optimizer.name)
         run = RunFolder(config.output)
         if resume == "never":
             set_aside(run)

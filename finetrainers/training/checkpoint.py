@@ -134,11 +134,16 @@ def _at_path(path: Path) -> Path:
 def _check_identity(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
     keys = sorted(key for key in saved.keys() | current.keys() if saved.get(key) != current.get(key))
     if keys:
-        changes = "; ".join(f"{key} was {saved.get(key)!r} and is {current.get(key)!r}" for key in keys)
+        changes = "; ".join(_difference(key, saved.get(key), current.get(key)) for key in keys)
         raise UserError(
             f"{checkpoint} belongs to another run: {changes}. Set it back, choose another output, or start anew with "
             "--resume never"
         )
+
+
+def _difference(key: str, was: Any, now: Any) -> str:
+    # What is not an option is known by a digest, which tells nobody anything.
+    return f"{key} was {was!r} and is {now!r}" if "." in key else f"{key} are not the same"
 
 
 def _write(trainer: Trainer, folder: Path, identity: dict[str, Any]) -> None:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from finetrainers.errors import UserError
+
+
+def check_optimizer(name: str) -> None:
+    """Refuse, before anything slow, an optimizer whose package is not installed."""
+    if name == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        raise UserError("optimizer.name adamw_8bit needs bitsandbytes: pip install 'finetrainers[bitsandbytes]'")
 
 
 def build_optimizer(
@@ -19,15 +26,11 @@ def build_optimizer(
     eps: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """The optimizer over the parameters that move. Raises UserError when its package is not installed."""
+    """The optimizer over the parameters that move."""
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if name == "adamw_8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise UserError(
-                "optimizer.name adamw_8bit needs bitsandbytes: pip install 'finetrainers[bitsandbytes]'"
-            ) from None
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(parameters, **settings)
     # Fused: one kernel for all parameters, three times less time per step than the foreach version.
     return torch.optim.AdamW(parameters, fused=True, **settings)

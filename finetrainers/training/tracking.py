@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,13 @@ class TensorBoardTracker(Tracker):
 
 TRACKERS: dict[str, type[Tracker]] = {"wandb": WandbTracker, "tensorboard": TensorBoardTracker}
 """By the names that `tracking.trackers` takes."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse, before anything slow, a tracker whose package is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise _missing(name)
 
 
 def build_trackers(config: TrackingConfig, folder: RunFolder, *, settings: dict[str, Any]) -> list[Tracker]:

@@ -28,7 +28,9 @@ def model(tmp_path_factory):
 
 
 def checkpointer(folder, **options):
-    return Checkpointer(folder, **({"every": 2, "keep": None, "identity": {"seed": 1}} | options))
+    return Checkpointer(
+        folder, **({"every": 2, "keep": None, "identity": {"training.seed": 1, "the clips": "a1"}} | options)
+    )
 
 
 def trainer_with(model, saver, *, steps=6, options=None, optimizer="adamw"):
@@ -96,8 +98,10 @@ def test_random_state_covers_every_generator():
 
 def test_another_identity_is_refused(model, tmp_path):
     trainer_with(model, checkpointer(tmp_path), steps=2).fit()
-    other = checkpointer(tmp_path, identity={"seed": 2, "rank": 4})
-    with pytest.raises(UserError, match=r"rank was None and is 4; seed was 1 and is 2"):
+    other = checkpointer(tmp_path, identity={"training.seed": 2, "method.rank": 4, "the clips": "b2"})
+    with pytest.raises(
+        UserError, match=r"method\.rank was None and is 4; the clips are not the same; training\.seed was 1 and is 2"
+    ):
         other.resume(trainer_with(model, other), "auto")
 
 
