@@ -159,7 +159,7 @@ class EncodedDataset:
 
 def encode_dataset(encoder: Encoder, dataset: Dataset, *, trigger: str, prompts: Sequence[str]) -> EncodedDataset:
     """Encode all clips, then all captions, the given prompts and the empty caption. Clips that turn out to be
-    unreadable are left out and named. Raises UserError when none is left."""
+    unreadable are left out and named."""
     items = [*dataset.train, *dataset.held_out]
     samples = encoder.samples(items, trigger=trigger)
     unreadable = encoder.encode_videos(items, samples)

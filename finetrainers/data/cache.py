@@ -17,6 +17,9 @@ from finetrainers.folder import write_atomically
 
 logger = logging.getLogger(__name__)
 
+_MOST_MAPPED = 8192
+"""Entries that stay mapped; Linux allows a process 65,530 mappings."""
+
 Kind = Literal["videos", "texts"]
 
 
@@ -26,6 +29,7 @@ class Cache:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._whole_file = root / "whole.json"
+        self._mapped: dict[str, dict[str, Tensor]] = {}
         self._whole = self._read_whole()
 
     def path(self, kind: Kind, key: str) -> Path:
@@ -41,9 +45,13 @@ class Cache:
         return found
 
     def read(self, kind: Kind, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry, mapped from disk."""
-        with safe_open(self.path(kind, key), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        """The tensors of an entry, mapped from disk. An entry stays mapped, so that later epochs open no file."""
+        if (entry := self._mapped.get(key)) is None:
+            with safe_open(self.path(kind, key), framework="pt") as file:
+                entry = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            if len(self._mapped) < _MOST_MAPPED:
+                self._mapped[key] = entry
+        return entry
 
     def write(self, kind: Kind, key: str, tensors: dict[str, Tensor]) -> None:
         """Store an entry, whole or not at all."""
@@ -51,6 +59,7 @@ class Cache:
         data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         write_atomically(path, data)
         self._whole[key] = [*_stamp(path), zlib.crc32(data)]
+        self._mapped.pop(key, None)
 
     def remember(self) -> None:
         """Store the checksums of what was written."""
