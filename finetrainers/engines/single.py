@@ -26,10 +26,11 @@ class SingleEngine(Engine):
         loss.backward()
 
     def clip_grad_norm(self, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> Tensor:
+        # As torch.nn.utils.clip_grad_norm_ does it, less its sorting by device and type, which takes as long again.
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp_(max=1.0))
         return norm
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -80,9 +80,22 @@ class Checkpointer(Callback):
         state = json.loads((checkpoint / "state.json").read_text())
         _check_identity(checkpoint, state["identity"], self.identity)
         _read(trainer, checkpoint, state)
+        if checkpoint.parent == self.folder:
+            self._leave_behind(trainer.state.step)
         self._saved_step = trainer.state.step if checkpoint.parent == self.folder else -1
         logger.info("resumed from %s", checkpoint)
         return True
+
+    def _leave_behind(self, step: int) -> None:
+        """Set later checkpoints aside: damaged ones, or those of a line that a named checkpoint goes back on. Found
+        again, they would be taken for this run's own."""
+        for later, path in steps_in(self.folder).items():
+            if later > step:
+                target = self.folder / "left-behind" / path.name
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(exist_ok=True)
+                path.rename(target)
+                logger.warning("%s was set aside in %s", path.name, target.parent)
 
     def newest_whole(self) -> Path | None:
         """The newest checkpoint that is complete; damaged ones are named and passed over."""

@@ -105,6 +105,18 @@ def test_another_identity_is_refused(model, tmp_path):
         other.resume(trainer_with(model, other), "auto")
 
 
+def test_going_back_to_a_named_checkpoint_leaves_later_ones_behind(model, tmp_path):
+    trainer_with(model, checkpointer(tmp_path)).fit()
+    saver = checkpointer(tmp_path, every=0)
+    trainer = trainer_with(model, saver, steps=3)
+    assert saver.resume(trainer, str(tmp_path / "step-00000002"))
+    trainer.fit()
+    assert list(steps_in(tmp_path)) == [2, 3]
+    assert list(steps_in(tmp_path / "left-behind")) == [4, 6]
+    again = checkpointer(tmp_path)
+    assert again.newest_whole().name == "step-00000003"
+
+
 def test_no_checkpoint_is_no_resume(model, tmp_path):
     saver = checkpointer(tmp_path / "none")
     assert not saver.resume(trainer_with(model, saver), "auto")
