@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from finetrainers.commands.precompute import DTYPES
 from finetrainers.data.video import write_video
@@ -72,9 +73,9 @@ def find_lora(given: str) -> Path:
 def load_lora(pipeline: Any, file: Path, scale: float) -> None:
     """Put a LoRA beside the transformer's weights. Raises UserError when it does not fit them, or is none."""
     try:
-        pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="lora")
+        pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="lora", use_safetensors=True)
         pipeline.set_adapters(["lora"], [scale])
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--lora {file}: cannot be loaded into this model: {reason}") from error
 
