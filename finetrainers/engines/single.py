@@ -35,4 +35,6 @@ class SingleEngine(Engine):
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -71,11 +72,11 @@ class Trainer:
         # The only draws not made with the batch are a method's own, such as LoRA dropout.
         self.engine.generator.manual_seed(seed_for(self.seed, "step", self.state.step))
         num_samples = sum(batch.size for _, batch in drawn)
-        loss = torch.zeros((), device=self.device)
+        shares = []
         for _, batch in drawn:
             share = self.loss(batch).sum() / num_samples
             self.engine.backward(share)
-            loss += share.detach()
+            shares.append(share.detach())
         lr = self.optimizer.param_groups[0]["lr"]
         grad_norm = self.engine.clip_grad_norm(list(self.trained.values()), self.max_grad_norm)
         self.engine.step(self.optimizer)
@@ -86,7 +87,7 @@ class Trainer:
         return StepOutcome(
             step=self.state.step,
             epoch=drawn[0][0],
-            loss=loss,
+            loss=functools.reduce(torch.add, shares),
             grad_norm=grad_norm,
             lr=lr,
             step_time=time.perf_counter() - begun,
