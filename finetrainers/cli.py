@@ -50,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run's config; docs/options.md lists every key")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that override the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="values that override the file's"
+    )
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +144,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if strange := [word for word in rest if word.startswith("-") or "overrides" not in args]:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
     if rest:
-        args.overrides += rest
+        args.overrides = [*args.overrides, *rest]
     return args
 
 
