@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,15 @@ def real_clips() -> Path:
     if not (folder / "metadata.csv").is_file():
         pytest.skip(f"no real clips in {folder}; name their folder in FINETRAINERS_CLIPS")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """A command run in-process sets up logging for its process; the next test finds it as the last one did."""
+    root, ours, theirs = logging.getLogger(), logging.getLogger("finetrainers"), logging.getLogger("bitsandbytes")
+    levels = [(logger, logger.level) for logger in (root, ours, theirs)]
+    handlers = list(root.handlers)
+    yield
+    root.handlers[:] = handlers
+    for logger, level in levels:
+        logger.setLevel(level)

@@ -400,6 +400,6 @@ def test_interrupted_precompute_says_so_by_its_exit_code(model, clips, tmp_path)
         output=str(tmp_path / "run"),
     )
     started = start(["precompute", config], tmp_path / "log")
-    started.signal_when(signal.SIGTERM, tmp_path / "run" / "config.yaml")
+    started.signal_when(signal.SIGTERM, tmp_path / "run" / "memory.jsonl")
     assert started.end() in (0, 128 + signal.SIGTERM), started.said()
     assert "Traceback" not in started.said()

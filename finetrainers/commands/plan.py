@@ -6,13 +6,11 @@ import json
 
 import torch
 
-from finetrainers.commands.precompute import DTYPES, complete
+from finetrainers.commands.precompute import build_method, complete
 from finetrainers.config.schema import RunConfig
 from finetrainers.data.dataset import cache_folder, open_dataset
 from finetrainers.data.index import FileIndex
 from finetrainers.folder import RunFolder
-from finetrainers.methods.find import find_method
-from finetrainers.objectives import build_objective
 from finetrainers.planning import Plan, count_parameters, plan_run
 from finetrainers.training.progress import phase_progress
 
@@ -22,9 +20,7 @@ def plan(config: RunConfig, *, json: bool) -> int:
     family, config = complete(config, weights=False)
     folder = cache_folder(config.data, RunFolder(config.output).cache)
     dataset = open_dataset(config.data, FileIndex(folder / "files.json"), phase_progress)
-    objective_options = config.objective.model_dump()
-    objective = build_objective(objective_options.pop("timestep_sampling"), **objective_options)
-    method = find_method(config.method, family, objective, dtype=DTYPES[config.training.precision])
+    method = build_method(family, config)
     with torch.device("meta"):
         transformer = family.build_transformer()
         trained = method.attach(transformer, seed=0)

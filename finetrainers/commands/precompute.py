@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from finetrainers.config.load import dump_config, fill_defaults, resolved_buckets
+from finetrainers.config.load import fill_defaults, resolved_buckets
 from finetrainers.config.schema import RunConfig
 from finetrainers.data.cache import Cache
 from finetrainers.data.dataset import cache_folder, name_problems, open_dataset
@@ -21,6 +21,9 @@ from finetrainers.families.base import Family
 from finetrainers.families.find import find_family
 from finetrainers.folder import RunFolder, write_atomically
 from finetrainers.memory.report import MemoryReport
+from finetrainers.methods.base import Method
+from finetrainers.methods.find import find_method
+from finetrainers.objectives import build_objective
 from finetrainers.training.progress import phase_progress
 from finetrainers.training.signals import StopSignals
 from finetrainers.types import Bucket
@@ -61,7 +64,6 @@ def encode(config: RunConfig) -> Prepared:
     family, config = complete(config)
     run = RunFolder(config.output)
     run.root.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.config, dump_config(config))
     memory = MemoryReport(run.memory, engine.device)
     memory.phase("start")
     cache = Cache(cache_folder(config.data, run.cache))
@@ -97,6 +99,13 @@ def complete(config: RunConfig, *, weights: bool = True) -> tuple[Family, RunCon
     config = fill_defaults(config, family.defaults(config.method.name))
     check_sizes(family, config)
     return family, config
+
+
+def build_method(family: Family, config: RunConfig) -> Method:
+    """The method that a whole config asks for, on its family and objective."""
+    options = config.objective.model_dump()
+    objective = build_objective(options.pop("timestep_sampling"), **options)
+    return find_method(config.method, family, objective, dtype=DTYPES[config.training.precision])
 
 
 def check_sizes(family: Family, config: RunConfig) -> None:

@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 
-from finetrainers.commands.precompute import DTYPES, Prepared, encode
-from finetrainers.config.load import identity, resolved_buckets
+from finetrainers.commands.precompute import DTYPES, Prepared, build_method, encode
+from finetrainers.config.load import dump_config, identity, resolved_buckets
 from finetrainers.config.schema import RunConfig
 from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream
 from finetrainers.families.base import SamplingOptions
-from finetrainers.folder import RunFolder
+from finetrainers.folder import RunFolder, write_atomically
 from finetrainers.hashing import digest, seed_for
 from finetrainers.methods.base import Method
-from finetrainers.methods.find import find_method
-from finetrainers.objectives import build_objective
 from finetrainers.reporting.report import write_report
 from finetrainers.training.callback import Callback
 from finetrainers.training.checkpoint import Checkpointer
@@ -48,7 +46,7 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
             set_aside(run)
         prepared = encode(config)
         config = prepared.config
-        method = build_method(prepared)
+        method = build_method(prepared.family, config)
         transformer, trained = load_trained(prepared, method)
         drawer = build_drawer(prepared, method, prepared.data.train)
         optimizer = build_optimizer(
@@ -74,6 +72,8 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
         )
         if resume != "never":
             checkpointer.resume(trainer, resume)
+        # Not before: a resume that is refused must leave the earlier run's config as it was.
+        write_atomically(run.config, dump_config(config))
         signals.defer()
         trainer.fit()
         write_report(run)
@@ -104,14 +104,6 @@ def set_aside(run: RunFolder) -> None:
         for path in present:
             path.rename(target / path.name)
         logger.info("what the earlier run left was moved to %s", target)
-
-
-def build_method(prepared: Prepared) -> Method:
-    """The method on its family and objective."""
-    config = prepared.config
-    options = config.objective.model_dump()
-    objective = build_objective(options.pop("timestep_sampling"), **options)
-    return find_method(config.method, prepared.family, objective, dtype=DTYPES[config.training.precision])
 
 
 def load_trained(prepared: Prepared, method: Method) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:

@@ -18,6 +18,7 @@ from finetrainers.types import Bucket
 
 FRAMES, SPACE = 8, 32
 """Pixels of a latent in time and in space; the transformer's patch is one latent."""
+GUIDANCE_SCALE = 3.0
 TARGETS = r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 
 
@@ -53,7 +54,7 @@ class LTXVideo(Family):
             "method.target_modules": TARGETS,
             "objective.timestep_sampling": "shifted_logit_normal",
             "optimizer.lr": 2e-4 if method == "lora" else 1e-5,
-            "validation.guidance_scale": 3.0,
+            "validation.guidance_scale": GUIDANCE_SCALE,
         }
 
     def check_bucket(self, bucket: Bucket) -> str | None:
@@ -195,7 +196,7 @@ class LTXVideo(Family):
             raise UserError(
                 "this model needs at least 2 denoising steps: its noise schedule stretches from first to last"
             )
-        guidance = 3.0 if options.guidance_scale is None else options.guidance_scale
+        guidance = GUIDANCE_SCALE if options.guidance_scale is None else options.guidance_scale
         frames_FCHW = pipeline(
             height=bucket.height,
             width=bucket.width,

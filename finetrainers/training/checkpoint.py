@@ -80,9 +80,9 @@ class Checkpointer(Callback):
         state = json.loads((checkpoint / "state.json").read_text())
         _check_identity(checkpoint, state["identity"], self.identity)
         _read(trainer, checkpoint, state)
-        if checkpoint.parent == self.folder:
+        if checkpoint.resolve().parent == self.folder.resolve():
             self._leave_behind(trainer.state.step)
-        self._saved_step = trainer.state.step if checkpoint.parent == self.folder else -1
+            self._saved_step = trainer.state.step
         logger.info("resumed from %s", checkpoint)
         return True
 

@@ -151,10 +151,12 @@ def test_another_config_is_refused_naming_the_difference(settings, tmp_path):
     settings["validation"]["every"] = 0
     settings["training"]["steps"] = 2
     assert train(settings, tmp_path, "run")[0] == 0
+    config = (tmp_path / "run" / "config.yaml").read_text()
     for change, difference in OTHERS:
         code, said = train(settings, tmp_path, "run", change)
         assert code == 2 and difference in said, said
         assert "Traceback" not in said
+        assert (tmp_path / "run" / "config.yaml").read_text() == config, "a refused resume changes nothing"
     code, said = train(settings, tmp_path, "run", "training.batch_size=1", "--resume", "never")
     assert code == 0, said
     assert (tmp_path / "run" / "previous-001" / "checkpoints" / "step-00000002").is_dir()
