@@ -22,7 +22,7 @@ from loop import FakeFamily
 from machine import describe_machine
 from safetensors.torch import save_file
 
-from finetrainers.config.schema import LoraOptions
+from finetrainers.config.schema import LoraOptions, ModelConfig, ObjectiveConfig
 from finetrainers.data.cache import Cache
 from finetrainers.demo.clips import render_clips
 from finetrainers.demo.model import write_tiny_ltx
@@ -88,13 +88,15 @@ class Bare:
 def checkpoint() -> dict[str, float]:
     """Size of a checkpoint over that of its LoRA file, and seconds to save and load against a copy in memory."""
     transformer = LTXVideoTransformer3DModel(num_layers=4)
-    objective = build_objective("uniform", logit_mean=0.0, logit_std=1.0, uniform_share=0.0)
-    family = FakeFamily(Path())
+    law = ObjectiveConfig(timestep_sampling="uniform", shift=1.0)
+    objective = build_objective(law, alphas_cumprod=None, noise_range=(0.0, 1.0))
+    family = FakeFamily(Path(), ModelConfig(path="."))
+    models = {"transformer": transformer}
     method = Lora(family, objective, LoraOptions(rank=128, target_modules=TARGETS), dtype=torch.float32)
-    trainer: Any = Bare(method.attach(transformer, seed=0))
+    trainer: Any = Bare(method.attach(models, seed=0))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        method.save(transformer, folder)
+        method.save(models, folder)
         lora = next(folder.glob("*.safetensors")).stat().st_size
         saver = Checkpointer(folder / "checkpoints", every=0, keep=1, identity={})
         begun = time.perf_counter()

@@ -19,8 +19,8 @@ import torch
 from diffusers import LTXVideoTransformer3DModel
 from machine import describe_machine
 
-from finetrainers.config.schema import LoraOptions
-from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream
+from finetrainers.config.schema import LoraOptions, ModelConfig, ObjectiveConfig
+from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata
 from finetrainers.data.cache import Cache
 from finetrainers.engines.single import SingleEngine
 from finetrainers.families.ltx import TARGETS, LTXVideo
@@ -31,7 +31,7 @@ from finetrainers.training.metrics import MetricsFile
 from finetrainers.training.optimizer import build_optimizer, build_schedule
 from finetrainers.training.progress import ProgressLine
 from finetrainers.training.trainer import Trainer
-from finetrainers.types import Batch, Bucket, Sample
+from finetrainers.types import Batch, Bucket, Condition, Sample
 
 SHAPES = {
     "B1: 1 layer, 160 tokens, width 32": {"layers": 1, "heads": 4, "head": 8, "latent": (4, 5, 8), "goal": 1.10},
@@ -65,7 +65,7 @@ def build_trainer(folder: Path, shape: dict[str, Any], steps: int) -> Trainer:
         cache.write("texts", f"t{index:02d}", text)
         bucket = Bucket(8 * frames - 7, 32 * height, 32 * width)
         tokens = frames * height * width
-        samples.append(Sample(str(index), f"v{index:02d}", f"t{index:02d}", "", bucket, 25.0, tokens))
+        samples.append(Sample(str(index), f"v{index:02d}", f"t{index:02d}", "t00", {}, "", bucket, 25.0, tokens))
     transformer = LTXVideoTransformer3DModel(
         num_attention_heads=shape["heads"],
         attention_head_dim=shape["head"],
@@ -73,17 +73,20 @@ def build_trainer(folder: Path, shape: dict[str, Any], steps: int) -> Trainer:
         num_layers=shape["layers"],
         caption_channels=32,
     )
-    objective = build_objective("shifted_logit_normal", logit_mean=0.0, logit_std=1.0, uniform_share=0.1)
+    law = ObjectiveConfig(timestep_sampling="shifted_logit_normal", shift=1.0)
+    objective = build_objective(law, alphas_cumprod=None, noise_range=(0.0, 1.0))
+    family = FakeFamily(folder, ModelConfig(path=str(folder)))
     options = LoraOptions(rank=4, target_modules=TARGETS)
-    method = Lora(FakeFamily(folder), objective, options, dtype=torch.float32)
-    trained = method.attach(transformer, seed=0)
+    method = Lora(family, objective, options, dtype=torch.float32)
+    models = {"transformer": transformer}
+    trained = method.attach(models, seed=0)
     parameters = list(trained.values())
     optimizer = build_optimizer("adamw", parameters, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
-    drawer = BatchDrawer(samples, cache, objective.sample_sigma, 0, 0.05, "t00")
+    drawer = BatchDrawer(samples, cache, objective.law, Strata(0, 1, 1), 0.05, [(Condition(), 1.0)], family.given)
     progress = ProgressLine()
     return Trainer(
         method=method,
-        transformer=transformer,
+        models=models,
         trained=trained,
         batches=BatchStream(BatchOrder(samples, batch_size=1, seed=0), drawer, num_workers=2, pin_memory=False),
         optimizer=optimizer,

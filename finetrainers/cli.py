@@ -74,6 +74,9 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id or local diffusers folder")
     parser.add_argument("--prompt", action="append", required=True, help="what to render; may be given several times")
+    parser.add_argument("--family", metavar="NAME", help="dotted name of a family of your own (model.family)")
+    parser.add_argument("--image", metavar="FILE", help="first frame, for image-to-video")
+    parser.add_argument("--last-image", metavar="FILE", help="last frame, where the model takes one")
     parser.add_argument("--lora", metavar="PATH", help="a LoRA file or the folder that holds it")
     parser.add_argument("--lora-scale", type=float, default=1.0, metavar="X", help="strength of the LoRA (default 1)")
     parser.add_argument("--transformer", metavar="PATH", help="a fully fine-tuned transformer/ folder")
@@ -87,6 +90,21 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="arithmetic (default bf16)")
 
 
+def _models_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timesteps", metavar="FAMILY", help="show how a family (or the model at a path) draws its noise levels"
+    )
+
+
+def _doctor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG.yaml", help="also check a run's captions against its model's tokenizer"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="values that override the file's"
+    )
+
+
 def _demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="demo-run", metavar="FOLDER", help="where everything goes")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default 60)")
@@ -96,18 +114,14 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="output folder of a run")
 
 
-def _no_options(parser: argparse.ArgumentParser) -> None:
-    """The verb has none of its own."""
-
-
 _ADD_OPTIONS = {
     "train": _train_options,
     "precompute": _config_options,
     "plan": _plan_options,
     "sample": _sample_options,
-    "models": _no_options,
+    "models": _models_options,
     "demo": _demo_options,
-    "doctor": _no_options,
+    "doctor": _doctor_options,
     "report": _report_options,
 }
 
@@ -154,7 +168,8 @@ def _run(args: argparse.Namespace) -> int:
     if "overrides" in given:
         from finetrainers.config.load import load_config
 
-        config: RunConfig = load_config(given.pop("config"), given.pop("overrides"))
+        path, overrides = given.pop("config"), given.pop("overrides")
+        config: RunConfig | None = load_config(path, overrides) if path else None
         given["config"] = config
     command = getattr(importlib.import_module(f"finetrainers.commands.{args.verb}"), args.verb)
     return command(**given)

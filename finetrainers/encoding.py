@@ -5,26 +5,27 @@ from __future__ import annotations
 import gc
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 
+from finetrainers.captions import report_captions
 from finetrainers.data.cache import Cache
 from finetrainers.data.clip import read_clip
 from finetrainers.data.dataset import Dataset
 from finetrainers.data.scan import Item
 from finetrainers.errors import UnusableClip
 from finetrainers.families.base import Family
-from finetrainers.hashing import digest
-from finetrainers.types import Clip, Problem, Sample
+from finetrainers.hashing import digest, generator_for
+from finetrainers.types import Clip, Condition, Problem, Sample
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same clip and caption would be encoded to other numbers."""
 _TEXTS_AT_ONCE = 8
 
@@ -39,6 +40,14 @@ class Progress(Protocol):
 OpenProgress = Callable[[str, int], AbstractContextManager[Progress]]
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A text to embed, and the clip whose first frame the text encoder is shown, where it sees one."""
+
+    text: str
+    item: Item | None = None
+
+
 @dataclass
 class Encoder:
     """Encodes what the cache lacks. Each encoder is loaded only when something must be encoded, and leaves memory
@@ -50,66 +59,104 @@ class Encoder:
     dtype: torch.dtype
     num_workers: int
     progress: OpenProgress
+    conditions: Sequence[Condition] = ()
+    """What is given of the clips."""
+    tokens_only: bool = False
+    """Captions become tokens only, for a text encoder that is being trained."""
     _fingerprints: dict[str, str] = field(default_factory=dict)
 
     def samples(self, items: Sequence[Item], *, trigger: str) -> list[Sample]:
         """What each item will be called in the cache. Nothing is encoded by asking."""
         return [self._sample(item, trigger) for item in items]
 
-    def text_key(self, caption: str) -> str:
-        """Cache key of a caption's embedding: the text, the encoder's files, its type, and nothing else."""
-        made_by = [self._fingerprint("text_encoder"), self._fingerprint("tokenizer"), str(self.dtype)]
-        return digest(["text", VERSION, self.family.name, made_by, caption])
+    def text_key(self, prompt: Prompt) -> str:
+        """Cache key of a text: the text, the frame that belongs to it, the encoder's files, its type, and nothing
+        else."""
+        shown = _clip_facts(prompt.item) if self.family.text_sees_image and prompt.item else None
+        made_by = [self._fingerprint("text_encoder"), str(self.dtype), self.tokens_only, self.family.task]
+        return digest(["text", VERSION, self.family.name, made_by, prompt.text, shown])
 
-    def encode_videos(self, items: Sequence[Item], samples: Sequence[Sample]) -> dict[str, str]:
-        """Encode the clips that the cache lacks. Returns, by cache key, why a clip turned out to be unreadable."""
-        wanted = dict(zip([sample.video_key for sample in samples], items, strict=True))
-        missing = self.cache.missing("videos", wanted)
-        logger.info("videos: %d of %d are encoded already", len(wanted) - len(missing), len(wanted))
+    def encode_clips(self, items: Sequence[Item], samples: Sequence[Sample]) -> dict[str, str]:
+        """Encode the clips and conditions that the cache lacks, each clip decoded once. Returns, by the clip's cache
+        key, why it turned out to be unreadable."""
+        wanted = dict(zip([sample.video_key for sample in samples], zip(items, samples, strict=True), strict=True))
+        missing = set(self.cache.missing("videos", wanted))
+        missing |= set(self.cache.missing("conditions", [key for s in samples for key in s.condition_keys.values()]))
+        due = {key: item for key, (item, sample) in wanted.items() if missing & {key, *sample.condition_keys.values()}}
+        logger.info("videos: %d of %d are encoded already", len(wanted) - len(due), len(wanted))
         unreadable: dict[str, str] = {}
-        if not missing:
+        if not due:
             return unreadable
-        vae = self.family.load_video_encoder(self.device, self.dtype)
-        with self.progress("encoding videos", len(missing)) as progress:
-            for key, clip in self._read_ahead([(key, wanted[key]) for key in missing]):
+        encoders = self.family.load_video_encoders(self.device, self.dtype)
+        with self.progress("encoding videos", len(due)) as progress:
+            for key, clip in self._read_ahead(due):
                 if isinstance(clip, UnusableClip):
                     unreadable[key] = str(clip)
                 else:
-                    self.cache.write("videos", key, self.family.encode_video(vae, clip.video_FCHW))
+                    self._encode_clip(encoders, clip, wanted[key][1], missing)
                 progress.advance()
         self.cache.remember()
-        del vae
+        del encoders
         _free(self.device)
         return unreadable
 
-    def encode_texts(self, captions: Sequence[str]) -> None:
-        """Encode the captions that the cache lacks, and say how many are cut off at the model's length."""
-        wanted = {self.text_key(caption): caption for caption in captions}
+    def _encode_clip(self, encoders: dict[str, Any], clip: Clip, sample: Sample, missing: set[str]) -> None:
+        if sample.video_key in missing:
+            self.cache.write("videos", sample.video_key, self.family.encode_video(encoders, clip.video_FCHW))
+        for condition in self.conditions:
+            key = sample.condition_keys.get(str(condition))
+            if key in missing and key is not None:
+                # Keyed by the clip alone: the cache is shared by runs of any seed.
+                generator = generator_for(0, "condition", key)
+                encoded = self.family.encode_condition(encoders, clip.video_FCHW, condition, generator)
+                self.cache.write("conditions", key, encoded)
+
+    def encode_texts(self, prompts: Sequence[Prompt]) -> None:
+        """Encode the texts that the cache lacks, and say how many are cut off or not understood."""
+        wanted = {self.text_key(prompt): prompt for prompt in prompts}
         missing = self.cache.missing("texts", wanted)
         logger.info("texts: %d of %d are encoded already", len(wanted) - len(missing), len(wanted))
         if not missing:
             return
-        encoders = self.family.load_text_encoder(self.device, self.dtype)
-        self._report_cut_captions(encoders, [wanted[key] for key in missing])
+        tokenizers = self.family.load_tokenizers()
+        report_captions(self.family, tokenizers, [wanted[key].text for key in missing])
+        encoders = {} if self.tokens_only else self.family.load_text_encoders(self.device, self.dtype)
         with self.progress("encoding texts", len(missing)) as progress:
             for start in range(0, len(missing), _TEXTS_AT_ONCE):
                 keys = missing[start : start + _TEXTS_AT_ONCE]
-                encoded = self.family.encode_text(encoders, [wanted[key] for key in keys])
-                for key, tensors in zip(keys, encoded, strict=True):
+                for key, tensors in zip(
+                    keys, self._embed(tokenizers, encoders, [wanted[k] for k in keys]), strict=True
+                ):
                     self.cache.write("texts", key, tensors)
                 progress.advance(len(keys))
         self.cache.remember()
         del encoders
         _free(self.device)
 
+    @torch.no_grad()
+    def _embed(
+        self, tokenizers: dict[str, Any], encoders: dict[str, Any], prompts: Sequence[Prompt]
+    ) -> list[dict[str, torch.Tensor]]:
+        images = [_first_frame(prompt.item) for prompt in prompts] if self.family.text_sees_image else None
+        embedded = self.family.tokenize(tokenizers, [prompt.text for prompt in prompts], images)
+        if not self.tokens_only:
+            embedded = self.family.embed(encoders, embedded)
+        return [{name: tensor[row] for name, tensor in embedded.items()} for row in range(len(prompts))]
+
     def _sample(self, item: Item, trigger: str) -> Sample:
         caption = " ".join(part for part in (trigger, item.record.caption) if part)
-        made_of = [item.digest, item.window.start_seconds, item.window.num_frames, item.window.fps, str(item.bucket)]
-        made_by = [self._fingerprint("video_encoder"), str(self.dtype), self.family.vae_tiling]
+        made_by = [self._fingerprint("video_encoder"), str(self.dtype), self.family.vae_tiling, self.family.task]
+        made_of = [VERSION, self.family.name, made_by, _clip_facts(item)]
         return Sample(
             name=item.name,
-            video_key=digest(["video", VERSION, self.family.name, made_by, made_of]),
-            text_key=self.text_key(caption),
+            video_key=digest(["video", *made_of]),
+            text_key=self.text_key(Prompt(caption, item)),
+            empty_text_key=self.text_key(Prompt("", item)),
+            condition_keys={
+                str(condition): digest(["condition", str(condition), *made_of])
+                for condition in self.conditions
+                if item.bucket.num_frames > 1 and self.family.needs_encoding(condition)
+            },
             caption=caption,
             bucket=item.bucket,
             fps=item.window.fps or self.family.default_fps,
@@ -121,12 +168,12 @@ class Encoder:
             self._fingerprints[role] = self.family.fingerprint(role)
         return self._fingerprints[role]
 
-    def _read_ahead(self, wanted: list[tuple[str, Item]]) -> Iterator[tuple[str, Clip | UnusableClip]]:
+    def _read_ahead(self, wanted: Mapping[str, Item]) -> Iterator[tuple[str, Clip | UnusableClip]]:
         """Decode clips in threads, a few ahead of the encoder, in order."""
         ahead: deque[tuple[str, Future[Clip | UnusableClip]]] = deque()
         pool = ThreadPoolExecutor(max(self.num_workers, 1), thread_name_prefix="decode")
         try:
-            for key, item in wanted:
+            for key, item in wanted.items():
                 ahead.append((key, pool.submit(_read, item)))
                 if len(ahead) > self.num_workers:
                     first, clip = ahead.popleft()
@@ -135,16 +182,6 @@ class Encoder:
                 yield key, clip.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-    def _report_cut_captions(self, encoders: dict[str, object], captions: list[str]) -> None:
-        lengths, limit = self.family.count_text_tokens(encoders, captions)
-        cut = [caption for caption, length in zip(captions, lengths, strict=True) if length > limit]
-        if cut:
-            logger.warning(
-                "%d of %d captions are longer than the %d tokens that the model reads; their ends are cut off, the "
-                "first being: %.80s",
-                *(len(cut), len(captions), limit, cut[0]),
-            )
 
 
 @dataclass(frozen=True)
@@ -157,19 +194,34 @@ class EncodedDataset:
     """Clips left out because they could not be decoded."""
 
 
-def encode_dataset(encoder: Encoder, dataset: Dataset, *, trigger: str, prompts: Sequence[str]) -> EncodedDataset:
-    """Encode all clips, then all captions, the given prompts and the empty caption. Clips that turn out to be
+def encode_dataset(encoder: Encoder, dataset: Dataset, *, trigger: str, prompts: Sequence[Prompt]) -> EncodedDataset:
+    """Encode all clips, then all captions, each clip's empty caption and the given prompts. Clips that turn out to be
     unreadable are left out and named."""
     items = [*dataset.train, *dataset.held_out]
     samples = encoder.samples(items, trigger=trigger)
-    unreadable = encoder.encode_videos(items, samples)
-    encoder.encode_texts([*(sample.caption for sample in samples), *prompts, ""])
+    unreadable = encoder.encode_clips(items, samples)
+    readable = [pair for pair in zip(items, samples, strict=True) if pair[1].video_key not in unreadable]
+    captions = [Prompt(text, item) for item, sample in readable for text in (sample.caption, "")]
+    encoder.encode_texts([*captions, *prompts])
     train, held_out = samples[: len(dataset.train)], samples[len(dataset.train) :]
     return EncodedDataset(
         [sample for sample in train if sample.video_key not in unreadable],
         [sample for sample in held_out if sample.video_key not in unreadable],
         [Problem(sample.name, unreadable[sample.video_key]) for sample in samples if sample.video_key in unreadable],
     )
+
+
+def _clip_facts(item: Item) -> list[Any]:
+    """What decides the pixels of an item."""
+    return [item.digest, item.window.start_seconds, item.window.num_frames, item.window.fps, str(item.bucket)]
+
+
+def _first_frame(item: Item | None) -> torch.Tensor:
+    """The frame that a text encoder is shown, uint8 CHW."""
+    assert item is not None
+    window = replace(item.window, num_frames=1)
+    bucket = replace(item.bucket, num_frames=1)
+    return read_clip(item.record, item.media, window, bucket).video_FCHW[0]
 
 
 def _read(item: Item) -> Clip | UnusableClip:

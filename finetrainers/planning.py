@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from finetrainers.data.dataset import Dataset
 from finetrainers.data.scan import Item
 from finetrainers.families.base import Family
+from finetrainers.types import Bucket, Condition
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class BucketPlan:
     clips: int
     tokens: int
     """Length of the transformer's video sequence for one sample."""
+    forward_tflop: float | None
+    """Work of one forward pass for one sample, in 1e12 floating point operations (a multiplication and an addition are
+    two), attention included; None where the family cannot be counted."""
+    training_tflop: float | None
+    """Forward and backward pass as this run trains, adapters and computing activations again included."""
 
 
 @dataclass(frozen=True)
@@ -47,31 +54,71 @@ class Plan:
         return asdict(self)
 
 
-def count_parameters(transformer: torch.nn.Module, trained: dict[str, torch.nn.Parameter]) -> tuple[int, int]:
-    """All parameters of the transformer as it will be trained, and those that move."""
-    return sum(p.numel() for p in transformer.parameters()), sum(p.numel() for p in trained.values())
+def count_parameters(
+    models: Mapping[str, torch.nn.Module], trained: Mapping[str, torch.nn.Parameter]
+) -> tuple[int, int]:
+    """All parameters of the models as they will be trained, and those that move."""
+    return sum(p.numel() for model in models.values() for p in model.parameters()), sum(
+        p.numel() for p in trained.values()
+    )
 
 
-def plan_buckets(family: Family, items: Sequence[Item]) -> list[BucketPlan]:
-    """Clips and tokens by bucket, largest first."""
+def count_flop(
+    family: Family, models: Mapping[str, torch.nn.Module], bucket: Bucket, condition: Condition
+) -> tuple[float, float]:
+    """Floating point operations of a forward pass, and of a forward and a backward pass, for one sample of this size;
+    counted on the real modules, which must lie on the meta device.
+
+    Activations that are computed again count in the second where the models are set to do so. Of two experts one is
+    counted, because each sample is seen by one.
+    """
+    one = {"transformer": next(model for name, model in models.items() if name.startswith("transformer"))}
+    with torch.device("meta"):
+        latents = torch.zeros(family.latent_channels, *family.latent_shape(bucket))
+        given = family.given(condition, latents, family.blank_condition(bucket, condition), None)
+        text = family.blank_text()
+        with FlopCounterMode(display=False) as counter:
+            answer = family.predict(
+                one,
+                latents[None],
+                torch.zeros(1),
+                text={name: tensor[None] for name, tensor in text.items()},
+                given={name: tensor[None] for name, tensor in given.items()},
+                fps=(family.default_fps,),
+            )
+            forward = counter.get_total_flops()
+            answer.sum().backward()
+    return float(forward), float(counter.get_total_flops())
+
+
+def plan_buckets(
+    family: Family, models: Mapping[str, torch.nn.Module], items: Sequence[Item], condition: Condition
+) -> list[BucketPlan]:
+    """Clips, tokens and work by bucket, largest first."""
     counts = Counter(item.bucket for item in items)
     ordered = sorted(counts.items(), key=lambda entry: (-family.num_tokens(entry[0]), entry[0]))
-    return [BucketPlan(str(bucket), count, family.num_tokens(bucket)) for bucket, count in ordered]
+    plans = []
+    for bucket, count in ordered:
+        known = Condition() if bucket.num_frames == 1 else condition
+        forward, training = None, None
+        if family.runs_on_meta:
+            forward, training = (flop / 1e12 for flop in count_flop(family, models, bucket, known))
+        plans.append(BucketPlan(str(bucket), count, family.num_tokens(bucket), forward, training))
+    return plans
 
 
 def plan_run(
     family: Family,
     dataset: Dataset,
+    buckets: list[BucketPlan],
     parameters: tuple[int, int],
     *,
     method: str,
-    steps: int,
-    batch_size: int,
-    accumulation: int,
+    options: Any,
 ) -> Plan:
-    """Put together what a run would do; `parameters` are all of the transformer's and those that move."""
-    buckets = plan_buckets(family, dataset.train)
-    batches_per_epoch = sum(math.ceil(bucket.clips / batch_size) for bucket in buckets)
+    """Put together what a run would do; `parameters` are all of the models' and those that move, and `options` the
+    config's `training` section."""
+    batches_per_epoch = sum(math.ceil(bucket.clips / options.batch_size) for bucket in buckets)
     return Plan(
         family=family.name,
         method=method,
@@ -80,8 +127,8 @@ def plan_run(
         held_out_samples=len(dataset.held_out),
         left_out=[asdict(problem) for problem in dataset.problems],
         batches_per_epoch=batches_per_epoch,
-        steps=steps,
-        epochs=steps * accumulation / batches_per_epoch,
+        steps=options.steps,
+        epochs=options.steps * options.gradient_accumulation_steps / batches_per_epoch,
         parameters=parameters[0],
         trained_parameters=parameters[1],
     )

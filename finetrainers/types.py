@@ -1,4 +1,4 @@
-"""The nouns of a run, in the order in which they come to be: Record, Bucket, Media, Window, Clip, Sample, Batch."""
+"""The nouns of a run, in the order in which they come to be, from Record to Batch."""
 
 from __future__ import annotations
 
@@ -43,6 +43,36 @@ class Bucket:
 
     def __str__(self) -> str:
         return f"{self.num_frames}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Which frames of a clip the model is given: so many at its beginning, so many at its end."""
+
+    num_first: int = 0
+    num_last: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Condition:
+        """Read `none`, `first`, `first_last` or `prefix-N`. Raises UserError for anything else."""
+        named = {"none": cls(), "first": cls(1), "first_last": cls(1, 1)}
+        if text in named:
+            return named[text]
+        # Not prefix-1, which is `first`: of two names for one condition in a mapping, a share would be lost.
+        if match := re.fullmatch(r"prefix-([2-9]|[1-9]\d{1,4})", text):
+            return cls(int(match[1]))
+        raise UserError(
+            f"condition {text!r} is none of `none`, `first`, `first_last` and `prefix-N` (N frames from 2 up)"
+        )
+
+    @property
+    def is_none(self) -> bool:
+        return self == Condition()
+
+    def __str__(self) -> str:
+        if self.num_last:
+            return "first_last"
+        return {0: "none", 1: "first"}.get(self.num_first, f"prefix-{self.num_first}")
 
 
 @dataclass(frozen=True)
@@ -97,6 +127,10 @@ class Sample:
     name: str
     video_key: str
     text_key: str
+    empty_text_key: str
+    """Of the caption that is shown when the sample's own is dropped."""
+    condition_keys: dict[str, str]
+    """By condition, where something must be encoded for it."""
     caption: str
     bucket: Bucket
     fps: float
@@ -107,17 +141,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one bucket, drawn and ready for a step: clean latents, noise and noise level, and the conditions.
+    """Samples of one bucket, drawn and ready for a step: clean latents, noise and noise level, text and given frames.
 
-    All tensors are fp32 but for the text, which has the text encoder's own type.
+    All tensors are fp32 but for those that an encoder made, which have its own type.
     """
 
     latents_BCFHW: Tensor
     noise_BCFHW: Tensor
-    sigma_B: Tensor
-    """Noise level of each sample in (0, 1)."""
+    level_B: Tensor
+    """Noise level of each sample in [0, 1]."""
     text: dict[str, Tensor]
-    """What the family's text encoder gave, batched: for LTX `prompt_embeds` [B, L, D] and `prompt_attention_mask`."""
+    """What the family's text encoder gave, batched: for LTX `prompt_embeds` [B, L, D] and `prompt_attention_mask`; or,
+    when it is being trained, the tokens that it takes."""
+    given: dict[str, Tensor]
+    """What the family makes of the frames that the model is given, batched; `frames` [B, F] marks latent frames that
+    are given clean and are not to be learned."""
     fps: tuple[float, ...]
     """Kept as numbers, so that reading them never waits for the device."""
     names: tuple[str, ...]

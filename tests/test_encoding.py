@@ -7,9 +7,8 @@ import shutil
 import signal
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,14 @@ from safetensors.torch import load_file, save_file
 
 from finetrainers.data.cache import Cache
 from finetrainers.data.dataset import Dataset
-from finetrainers.data.index import FileIndex
-from finetrainers.data.scan import Item, scan
-from finetrainers.data.source import read_source
+from finetrainers.data.scan import Item
 from finetrainers.demo.clips import render_clips
-from finetrainers.encoding import EncodedDataset, Encoder, encode_dataset
-from finetrainers.families.find import find_family
-from finetrainers.types import Bucket, Record
+from finetrainers.encoding import Prompt, encode_dataset
+from finetrainers.types import Record
+from tests.counted import BUCKET, Counts, counting, encoded, items_of
 from tests.end_to_end.runs import run, start, write_config
 from tests.families.tiny import TINY
 
-BUCKET = Bucket(9, 64, 96)
 NUM_CLIPS = 4
 
 
@@ -50,64 +46,6 @@ def full(model: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("full")
     encoded(items_of(clips, folder / "files.json"), model, folder / "cache")
     return folder / "cache"
-
-
-@dataclass
-class Counts:
-    """What was encoded, and what was shown of it."""
-
-    videos: int = 0
-    texts: int = 0
-    loads: int = 0
-    advanced: int = 0
-
-    def advance(self, n: int = 1) -> None:
-        self.advanced += n
-
-    @contextmanager
-    def progress(self, title: str, total: int) -> Iterator["Counts"]:
-        self.advanced -= total
-        yield self
-
-
-def counting(counts: Counts, model: Path, cache: Path, *, num_workers: int = 2, **options: Any) -> Encoder:
-    """An encoder of the tiny model whose calls are counted."""
-    dtype = options.pop("dtype", torch.float32)
-    family: Any = find_family(str(model), revision=None, task="text-to-video", **options)
-    encode_video, encode_text, load = family.encode_video, family.encode_text, family.load_video_encoder
-
-    def encode_one(*given: Any) -> Any:
-        counts.videos += 1
-        return encode_video(*given)
-
-    def encode_some(encoders: Any, captions: list[str]) -> Any:
-        counts.texts += len(captions)
-        return encode_text(encoders, captions)
-
-    def load_one(*given: Any) -> Any:
-        counts.loads += 1
-        return load(*given)
-
-    family.encode_video, family.encode_text, family.load_video_encoder = encode_one, encode_some, load_one
-    return Encoder(family, Cache(cache), torch.device("cpu"), dtype, num_workers, counts.progress)
-
-
-def items_of(folder: Path, index: Path, *, window: Any = "first") -> list[Item]:
-    items, problems = scan(read_source(folder), FileIndex(index), buckets=[BUCKET], fps=None, window=window)
-    assert not problems
-    return items
-
-
-def encoded(
-    items: list[Item], model: Path, cache: Path, *, trigger: str = "", prompts: tuple[str, ...] = (), **options: Any
-) -> tuple[EncodedDataset, Counts]:
-    """The dataset with its last item held out, and what had to be encoded for it."""
-    counts = Counts()
-    encoder = counting(counts, model, cache, **options)
-    dataset = Dataset(items[:-1], items[-1:], [], len(items))
-    data = encode_dataset(encoder, dataset, trigger=trigger, prompts=prompts)
-    assert counts.advanced == 0, "each phase counts up to its total"
-    return data, counts
 
 
 def recaptioned(items: list[Item], change: Callable[[Record], Record]) -> list[Item]:
@@ -131,20 +69,26 @@ def test_what_lies_in_the_cache_is_what_the_family_made(model, clips, tmp_path):
     encoder = counting(counts, model, tmp_path / "cache")
     data = encode_dataset(encoder, Dataset(items, [], [], len(items)), trigger="", prompts=())
     family = encoder.family
-    texts = family.load_text_encoder(encoder.device, encoder.dtype)
+    texts = family.load_text_encoders(encoder.device, encoder.dtype)
+
+    def embed(caption: str) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            batch = family.embed(texts, family.tokenize(family.load_tokenizers(), [caption]))
+        return {name: tensor[0] for name, tensor in batch.items()}
+
     for sample, item in zip(data.train, items, strict=True):
         video = encoder.cache.read("videos", sample.video_key)
         assert video["mean"].shape == video["logvar"].shape == (8, 2, 2, 3)
         assert video["shift"].dtype == video["scale"].dtype == torch.float32
-        (expected,) = family.encode_text(texts, [item.record.caption])
+        expected = embed(item.record.caption)
         text = encoder.cache.read("texts", sample.text_key)
         assert text.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(text[name], tensor, rtol=1e-4, atol=1e-5)
         assert (sample.fps, sample.num_tokens, sample.bucket) == (16.0, 2 * 2 * 3, BUCKET)
     assert len({tuple(encoder.cache.read("videos", s.video_key)["mean"].flatten().tolist()) for s in data.train}) == 4
-    (empty,) = family.encode_text(texts, [""])
-    torch.testing.assert_close(encoder.cache.read("texts", encoder.text_key("")), empty)
+    for key in {encoder.text_key(Prompt("")), *(sample.empty_text_key for sample in data.train)}:
+        torch.testing.assert_close(encoder.cache.read("texts", key), embed(""))
 
 
 def change_weights(model: Path, part: str) -> None:
@@ -219,7 +163,7 @@ def test_a_trigger_alone_is_a_caption(model, clips, tmp_path):
     items = recaptioned(items, lambda record: replace(record, caption=""))
     encoder = counting(Counts(), model, tmp_path / "cache")
     assert encoder.samples(items, trigger="T")[0].caption == "T"
-    assert encoder.samples(items, trigger="")[0].text_key == encoder.text_key("")
+    assert encoder.samples(items, trigger="")[0].text_key == encoder.text_key(Prompt(""))
 
 
 def test_encoders_leave_memory(model, clips, tmp_path):
@@ -228,12 +172,12 @@ def test_encoders_leave_memory(model, clips, tmp_path):
     encoder = counting(Counts(), model, tmp_path / "cache")
     family: Any = encoder.family
     alive: dict[str, weakref.ref] = {}
-    load_vae, load_texts = family.load_video_encoder, family.load_text_encoder
+    load_vae, load_texts = family.load_video_encoders, family.load_text_encoders
 
     def watched_vae(*given: Any) -> Any:
-        vae = load_vae(*given)
-        alive["vae"] = weakref.ref(vae)
-        return vae
+        encoders = load_vae(*given)
+        alive["vae"] = weakref.ref(encoders["vae"])
+        return encoders
 
     def watched_texts(*given: Any) -> Any:
         assert alive["vae"]() is None, "two encoders in memory at once"
@@ -241,7 +185,7 @@ def test_encoders_leave_memory(model, clips, tmp_path):
         alive["text"] = weakref.ref(encoders["text_encoder"])
         return encoders
 
-    family.load_video_encoder, family.load_text_encoder = watched_vae, watched_texts
+    family.load_video_encoders, family.load_text_encoders = watched_vae, watched_texts
     gc.disable()
     try:
         encode_dataset(encoder, Dataset(items, [], [], len(items)), trigger="", prompts=())

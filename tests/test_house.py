@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from finetrainers.cli import VERBS, build_parser
-from finetrainers.config.load import load_config
 from finetrainers.config.schema import METHODS, RunConfig
 
 ROOT = Path(__file__).parent.parent
@@ -404,10 +403,3 @@ def test_shown_commands_parse(page, capsys):
             build_parser().parse_args(command)
         except SystemExit as stop:
             assert stop.code == 0, f"finetrainers {shlex.join(command)}: {capsys.readouterr().err}"
-
-
-@pytest.mark.parametrize(
-    "config", sorted((ROOT / "examples").glob("*/config.yaml")), ids=lambda config: str(config.parent.name)
-)
-def test_example_config_loads(config):
-    load_config(config)

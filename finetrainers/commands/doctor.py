@@ -1,4 +1,4 @@
-"""`finetrainers doctor`: versions, devices, and which optional features work here."""
+"""`finetrainers doctor`: versions, devices, which optional features work here, and whether captions are understood."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from finetrainers.captions import count_captions
+from finetrainers.config.schema import RunConfig
+from finetrainers.data.source import read_source
+from finetrainers.families.find import find_family
+
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "av", "pydantic", "numpy")
 
 
-def doctor() -> int:
-    """Print what is here. Returns 1 if something that every run needs is missing."""
+def doctor(*, config: RunConfig | None = None) -> int:
+    """Print what is here, and with a config, how its model's tokenizer copes with its captions. Returns 1 if something
+    that every run needs is missing."""
     print(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores")
     missing = [name for name in _PACKAGES if not _print_version(name)]
     _print_devices()
@@ -26,7 +32,25 @@ def doctor() -> int:
     print(f"disk: {free_gib:.0f} GiB free here")
     if missing:
         print(f"missing: {', '.join(missing)}; run `pip install finetrainers` again")
+    if config is not None:
+        check_captions(config)
     return 1 if missing else 0
+
+
+def check_captions(config: RunConfig) -> None:
+    """Print what share of the captions' tokens is unknown to the model's tokenizer, or beyond the model's length."""
+    family = find_family(config.model, weights=False)
+    records = [record for source in config.data.train for record in read_source(source.path)]
+    captions = [" ".join(filter(None, (config.data.trigger, record.caption))) for record in records]
+    report = count_captions(family, family.load_tokenizers(), captions)
+    print(f"captions: {report.num_captions}, of {report.num_tokens:,} tokens")
+    print(f"  unknown to the tokenizer: {report.unknown_share:.1%}" + _example(report.first_unknown))
+    lost = f"{report.lost_share:.1%}, in {report.num_cut} captions"
+    print(f"  beyond the {report.limit} tokens that the model reads: {lost}" + _example(report.first_cut))
+
+
+def _example(caption: str) -> str:
+    return f", first in: {caption:.80}" if caption else ""
 
 
 def _print_version(package: str) -> bool:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import Any, cast
 
 import torch
 
 from finetrainers.commands.precompute import build_method, complete
+from finetrainers.config.load import resolved_conditions
 from finetrainers.config.schema import RunConfig
 from finetrainers.data.dataset import cache_folder, open_dataset
 from finetrainers.data.index import FileIndex
 from finetrainers.folder import RunFolder
-from finetrainers.planning import Plan, count_parameters, plan_run
+from finetrainers.planning import Plan, count_parameters, plan_buckets, plan_run
 from finetrainers.training.progress import phase_progress
 
 
@@ -22,16 +24,19 @@ def plan(config: RunConfig, *, json: bool) -> int:
     dataset = open_dataset(config.data, FileIndex(folder / "files.json"), phase_progress)
     method = build_method(family, config)
     with torch.device("meta"):
-        transformer = family.build_transformer()
-        trained = method.attach(transformer, seed=0)
+        models = family.build_transformers()
+        trained = method.attach(models, seed=0)
+    for model in models.values():
+        if config.training.gradient_checkpointing:
+            cast(Any, model).enable_gradient_checkpointing()
+    condition = max(resolved_conditions(config), key=lambda entry: entry[1])[0]
     made = plan_run(
         family,
         dataset,
-        count_parameters(transformer, trained),
+        plan_buckets(family, models, dataset.train, condition),
+        count_parameters(models, trained),
         method=config.method.name,
-        steps=config.training.steps,
-        batch_size=config.training.batch_size,
-        accumulation=config.training.gradient_accumulation_steps,
+        options=config.training,
     )
     print(_as_json(made) if json else _as_text(made))
     return 0
@@ -44,7 +49,9 @@ def _as_json(made: Plan) -> str:
 def _as_text(made: Plan) -> str:
     share = made.trained_parameters / made.parameters
     lines = [f"{made.family}, {made.method}: trains {made.trained_parameters:,} parameters ({share:.1%} of all)"]
-    lines += [f"  {bucket.bucket}: {bucket.clips} samples of {bucket.tokens:,} tokens" for bucket in made.buckets]
+    for bucket in made.buckets:
+        work = "" if bucket.training_tflop is None else f", {bucket.training_tflop:,.3g} TFLOP each"
+        lines.append(f"  {bucket.bucket}: {bucket.clips} samples of {bucket.tokens:,} tokens{work}")
     lines.append(f"samples: {made.train_samples} to train on, {made.held_out_samples} held out")
     lines += [f"left out: {problem['name']}: {problem['reason']}" for problem in made.left_out]
     lines.append(f"steps: {made.steps}, which is {made.epochs:.1f} epochs of {made.batches_per_epoch} batches")

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from finetrainers.config.load import fill_defaults, resolved_buckets
+from finetrainers.config.load import fill_defaults, resolved_buckets, resolved_conditions
 from finetrainers.config.schema import RunConfig
 from finetrainers.data.cache import Cache
-from finetrainers.data.dataset import cache_folder, name_problems, open_dataset
+from finetrainers.data.dataset import Dataset, cache_folder, name_problems, open_dataset
 from finetrainers.data.index import FileIndex
-from finetrainers.encoding import EncodedDataset, Encoder, encode_dataset
+from finetrainers.data.scan import Item, scan
+from finetrainers.encoding import EncodedDataset, Encoder, Prompt, encode_dataset
 from finetrainers.engines.base import Engine
 from finetrainers.engines.build import build_engine
 from finetrainers.errors import UserError
-from finetrainers.families.base import Family
+from finetrainers.families.base import IMAGE_TO_VIDEO, Family
 from finetrainers.families.find import find_family
 from finetrainers.folder import RunFolder, write_atomically
 from finetrainers.memory.report import MemoryReport
@@ -26,7 +28,7 @@ from finetrainers.methods.find import find_method
 from finetrainers.objectives import build_objective
 from finetrainers.training.progress import phase_progress
 from finetrainers.training.signals import StopSignals
-from finetrainers.types import Bucket
+from finetrainers.types import Bucket, Condition, Record
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ class Prepared:
     cache: Cache
     encoder: Encoder
     data: EncodedDataset
-    prompts: list[str]
+    method: Method
+    scenes: list[Prompt]
     """Of the sample videos."""
     memory: MemoryReport
 
@@ -67,14 +70,22 @@ def encode(config: RunConfig) -> Prepared:
     memory = MemoryReport(run.memory, engine.device)
     memory.phase("start")
     cache = Cache(cache_folder(config.data, run.cache))
-    dataset = open_dataset(config.data, FileIndex(cache.root / "files.json"), phase_progress)
+    index = FileIndex(cache.root / "files.json")
+    dataset = open_dataset(config.data, index, phase_progress)
+    method = build_method(family, config)
     encoder = Encoder(
-        family, cache, engine.device, DTYPES[config.training.precision], config.data.num_workers, phase_progress
+        family,
+        cache,
+        engine.device,
+        DTYPES[config.training.precision],
+        config.data.num_workers,
+        phase_progress,
+        conditions=[condition for condition, _ in resolved_conditions(config)],
+        tokens_only=method.trains_text_encoder,
     )
-    prompts = choose_prompts(config, [item.record.caption for item in dataset.held_out or dataset.train])
-    data = encode_dataset(
-        encoder, dataset, trigger=config.data.trigger, prompts=[*prompts, config.validation.negative_prompt]
-    )
+    scenes = choose_scenes(config, family, dataset, index)
+    negatives = [Prompt(config.validation.negative_prompt, scene.item) for scene in scenes]
+    data = encode_dataset(encoder, dataset, trigger=config.data.trigger, prompts=[*scenes, *negatives])
     problems = [*dataset.problems, *data.unreadable]
     name_problems(data.unreadable, total=dataset.num_clips, strict=config.data.strict)
     if not data.train:
@@ -84,18 +95,12 @@ def encode(config: RunConfig) -> Prepared:
     rows = (json.dumps({"name": problem.name, "reason": problem.reason}) for problem in problems)
     write_atomically(run.problems, "".join(f"{row}\n" for row in rows))
     memory.phase("after encoding")
-    return Prepared(config, engine, family, run, cache, encoder, data, prompts, memory)
+    return Prepared(config, engine, family, run, cache, encoder, data, method, scenes, memory)
 
 
 def complete(config: RunConfig, *, weights: bool = True) -> tuple[Family, RunConfig]:
     """The family of the config's model, and the config with the family's defaults put in and its sizes checked."""
-    family = find_family(
-        config.model.path,
-        revision=config.model.revision,
-        task=config.model.task,
-        vae_tiling=config.memory.vae_tiling,
-        weights=weights,
-    )
+    family = find_family(config.model, vae_tiling=config.memory.vae_tiling, weights=weights)
     config = fill_defaults(config, family.defaults(config.method.name))
     check_sizes(family, config)
     return family, config
@@ -103,27 +108,64 @@ def complete(config: RunConfig, *, weights: bool = True) -> tuple[Family, RunCon
 
 def build_method(family: Family, config: RunConfig) -> Method:
     """The method that a whole config asks for, on its family and objective."""
-    options = config.objective.model_dump()
-    objective = build_objective(options.pop("timestep_sampling"), **options)
+    objective = build_objective(
+        config.objective, alphas_cumprod=family.alphas_cumprod(), noise_range=family.noise_range
+    )
     return find_method(config.method, family, objective, dtype=DTYPES[config.training.precision])
 
 
 def check_sizes(family: Family, config: RunConfig) -> None:
-    """Refuse buckets that the model cannot take, saying why and which is near."""
+    """Refuse buckets that the model cannot take and conditions that it cannot be given, saying why and what is near."""
     named = [("data.buckets", bucket) for bucket in resolved_buckets(config)]
     if config.validation.bucket:
         named.append(("validation.bucket", Bucket.parse(config.validation.bucket)))
+    conditions = [condition for condition, _ in resolved_conditions(config)]
     for key, bucket in named:
         if reason := family.check_bucket(bucket):
             raise UserError(f"{key} {bucket}: {reason}")
+        # A still image among clips is trained on with nothing given, where the model can.
+        due = [Condition()] if bucket.num_frames == 1 and Condition() in conditions else conditions
+        for condition in due:
+            if reason := family.check_condition(condition, bucket):
+                raise UserError(f"data.conditions {condition} with {key} {bucket}: {reason}")
 
 
-def choose_prompts(config: RunConfig, captions: list[str]) -> list[str]:
-    """Prompts of the sample videos: the given ones, or the first captions, with the trigger before them."""
+def choose_scenes(config: RunConfig, family: Family, dataset: Dataset, index: FileIndex) -> list[Prompt]:
+    """What the sample videos show: the given prompts, or the first captions with the trigger before them; and, where
+    the model is given frames, the images that belong to the prompts, or the captions' own clips."""
     options = config.validation
     if options.every == 0:
         return []
+    bucket = Bucket.parse(options.bucket) if options.bucket else resolved_buckets(config)[0]
+    sees = family.task == IMAGE_TO_VIDEO
+    if options.prompts and not sees:
+        return [Prompt(text) for text in options.prompts]
     if options.prompts:
-        return options.prompts
-    chosen = list(dict.fromkeys(captions))[: options.num_videos]
-    return [" ".join(part for part in (config.data.trigger, caption) if part) for caption in chosen]
+        return _scenes_of_images(config, bucket, index)
+    items = {item.record.caption: item for item in reversed(dataset.held_out or dataset.train)}
+    chosen = list(reversed(items.items()))[: options.num_videos]
+    return [
+        Prompt(" ".join(filter(None, (config.data.trigger, caption))), _at_size(item, bucket) if sees else None)
+        for caption, item in chosen
+    ]
+
+
+def _scenes_of_images(config: RunConfig, bucket: Bucket, index: FileIndex) -> list[Prompt]:
+    """Each of `validation.prompts` with its own of `validation.images`."""
+    prompts, images = config.validation.prompts, config.validation.images
+    if len(images) != len(prompts):
+        raise UserError(
+            f"validation.images must name one image or clip for each of the {len(prompts)} validation.prompts, because "
+            f"the model animates one, but it names {len(images)}"
+        )
+    records = [Record(path, Path(path).expanduser(), text) for path, text in zip(images, prompts, strict=True)]
+    buckets = [bucket, Bucket(1, bucket.height, bucket.width)]
+    items, problems = scan(records, index, buckets=buckets, fps=config.data.fps, window="first")
+    if problems:
+        raise UserError(f"validation.images {problems[0].name} {problems[0].reason}")
+    return [Prompt(text, _at_size(item, bucket)) for text, item in zip(prompts, items, strict=True)]
+
+
+def _at_size(item: Item, bucket: Bucket) -> Item:
+    """The item at the height and width of the sample videos."""
+    return replace(item, bucket=Bucket(item.window.num_frames, bucket.height, bucket.width))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 
 from finetrainers.commands.precompute import DTYPES
+from finetrainers.config.schema import ModelConfig
+from finetrainers.data.image import read_image
 from finetrainers.data.video import write_video
-from finetrainers.errors import UserError
-from finetrainers.families.base import Family, SamplingOptions
+from finetrainers.errors import UnusableClip, UserError
+from finetrainers.families.base import IMAGE_TO_VIDEO, Family, SamplingOptions
 from finetrainers.families.find import find_family
 from finetrainers.folder import LORA_FILE, slug
-from finetrainers.types import Bucket
+from finetrainers.types import Bucket, Condition
+from finetrainers.weights import SECOND, load_text_encoder_lora, read_notes
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,9 @@ class Request:
 
     model: str
     prompt: list[str]
+    family: str | None = None
+    image: str | None = None
+    last_image: str | None = None
     lora: str | None = None
     lora_scale: float = 1.0
     transformer: str | None = None
@@ -40,44 +48,97 @@ class Request:
 def sample(**given: Any) -> int:
     """One mp4 a prompt under `output`; prints their paths. Takes the fields of Request."""
     request = Request(**given)
-    weights = find_lora(request.lora) if request.lora else None
-    family = find_family(request.model, revision=None, task="text-to-video")
+    family = open_family(request)
     bucket = check_size(family, request.size)
+    images = read_images(family, bucket, request)
     fps = family.default_fps if request.fps is None else request.fps
     if request.steps < 1 or not 0 < fps <= 1000:
         raise UserError(f"--steps must be at least 1 and --fps up to 1000, but they are {request.steps} and {fps}")
     pipeline = family.load_pipeline(DTYPES[request.precision])
     if request.transformer:
-        pipeline.transformer = load_transformer(pipeline, Path(request.transformer), DTYPES[request.precision])
-    if weights:
-        load_lora(pipeline, weights, request.lora_scale)
+        load_transformers(pipeline, Path(request.transformer), DTYPES[request.precision])
+    if request.lora:
+        load_loras(pipeline, Path(request.lora), request.lora_scale)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     options = SamplingOptions(request.steps, request.guidance_scale, fps, request.seed)
     for number, text in enumerate(request.prompt):
         prompts = {"prompt": text, "negative_prompt": request.negative_prompt}
         path = Path(request.output) / f"{number:02d}-{slug(text)}.mp4"
-        write_video(path, family.render(pipeline, bucket, options, **prompts).numpy(), fps)
+        write_video(path, family.render(pipeline, bucket, options, **images, **prompts).numpy(), fps)
         print(path)
     return 0
 
 
-def find_lora(given: str) -> Path:
-    """The LoRA file that a path means: the file itself, or the one in that folder."""
-    path = Path(given)
-    file = path / LORA_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"--lora {given}: no such file; give {LORA_FILE} or the folder that holds it")
-    return file
+def open_family(request: Request) -> Family:
+    """The model's family, for the task that the request implies and as the trained weights say they were made."""
+    weights = {"--lora": find_loras(Path(request.lora))[0][1]} if request.lora else {}
+    weights |= {"--transformer": find_transformers(Path(request.transformer))[0][1]} if request.transformer else {}
+    task = IMAGE_TO_VIDEO if request.image else None
+    family = find_family(ModelConfig(path=request.model, family=request.family, task=task, **read_settings(weights)))
+    if family.task == IMAGE_TO_VIDEO and not request.image:
+        raise UserError(f"{request.model} animates an image; give its file with --image")
+    return family
 
 
-def load_lora(pipeline: Any, file: Path, scale: float) -> None:
-    """Put a LoRA beside the transformer's weights. Raises UserError when it does not fit them, or is none."""
-    try:
-        pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="lora", use_safetensors=True)
-        pipeline.set_adapters(["lora"], [scale])
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--lora {file}: cannot be loaded into this model: {reason}") from error
+def read_settings(weights: Mapping[str, Path]) -> dict[str, Any]:
+    """The options of `model` that trained weights carry, by how they were given. Raises UserError for a file that is
+    none."""
+    notes: dict[str, Any] = {}
+    for given, path in weights.items():
+        try:
+            notes |= read_notes(path)
+            ModelConfig(path=".", **notes)
+        except (SafetensorError, OSError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{given} {path} cannot be read as trained weights: {reason}") from error
+    return notes
+
+
+def read_images(family: Family, bucket: Bucket, request: Request) -> dict[str, Image.Image]:
+    """The frames that are given, as `Family.render` takes them: fitted to the video's size as clips are for training,
+    since a pipeline would stretch them."""
+    images = {}
+    for name, given in (("image", request.image), ("last_image", request.last_image)):
+        if given is None:
+            continue
+        try:
+            frame_CHW = read_image(Path(given), height=bucket.height, width=bucket.width)[0]
+        except (UnusableClip, OSError) as error:
+            raise UserError(f"--{name.replace('_', '-')} {given}: {error}") from None
+        images[name] = Image.fromarray(frame_CHW.permute(1, 2, 0).numpy())
+    if "last_image" in images and "image" not in images:
+        raise UserError("--last-image needs --image, the first frame, too")
+    condition = Condition(int("image" in images), int("last_image" in images))
+    if reason := family.check_condition(condition, bucket):
+        raise UserError(f"--image and --last-image: {reason}")
+    return images
+
+
+def find_loras(path: Path) -> list[tuple[str, Path]]:
+    """The LoRA files that a path means, each with the transformer that it is for: the file itself, or those in a folder
+    that a run wrote."""
+    if path.is_file():
+        return [("transformer", path)]
+    files = [("transformer", path / LORA_FILE), (SECOND, path / SECOND / LORA_FILE)]
+    if found := [(part, file) for part, file in files if file.is_file()]:
+        return found
+    raise UserError(f"--lora {path}: no such file; give {LORA_FILE} or the folder that holds it")
+
+
+def load_loras(pipeline: Any, path: Path, scale: float) -> None:
+    """Put LoRAs beside the weights of the transformers, and of the text encoder where it was trained too. Raises
+    UserError when one does not fit, or is none."""
+    for part, file in find_loras(path):
+        second = {"load_into_transformer_2": True} if part == SECOND else {}
+        try:
+            pipeline.load_lora_weights(
+                file.parent, weight_name=file.name, adapter_name="lora", use_safetensors=True, **second
+            )
+            load_text_encoder_lora(pipeline.text_encoder, file, scale=scale)
+        except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--lora {file}: cannot be loaded into this model: {reason}") from error
+    pipeline.set_adapters(["lora"], [scale])
 
 
 def check_size(family: Family, size: str | None) -> Bucket:
@@ -88,10 +149,23 @@ def check_size(family: Family, size: str | None) -> Bucket:
     return bucket
 
 
-def load_transformer(pipeline: Any, path: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """A fully fine-tuned transformer: the folder itself, or the one that holds it."""
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--transformer {path}: no config.json there; give a transformer/ folder that a run saved")
-    kind = type(pipeline.transformer)
-    return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+def find_transformers(path: Path) -> list[tuple[str, Path]]:
+    """The fully fine-tuned transformers that a path means: the folder itself, or those in a folder that a run wrote."""
+    if (path / "config.json").is_file():
+        return [(SECOND if path.name == SECOND else "transformer", path)]
+    if found := [(part, path / part) for part in ("transformer", SECOND) if (path / part / "config.json").is_file()]:
+        return found
+    raise UserError(f"--transformer {path}: no config.json there; give a transformer/ folder that a run saved")
+
+
+def load_transformers(pipeline: Any, path: Path, dtype: torch.dtype) -> None:
+    """Put fully fine-tuned weights in the place of those of the pipeline's transformers, which keep what the family
+    made of them, such as longer positions."""
+    for part, folder in find_transformers(path):
+        transformer = getattr(pipeline, part)
+        try:
+            weights = type(transformer).from_pretrained(folder, dtype=dtype, use_safetensors=True).state_dict()
+            transformer.load_state_dict(weights, assign=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--transformer {folder}: cannot be loaded into this model: {reason}") from error

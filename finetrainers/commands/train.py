@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from finetrainers.commands.precompute import DTYPES, Prepared, build_method, encode
-from finetrainers.config.load import dump_config, identity, resolved_buckets
+from finetrainers.commands.precompute import DTYPES, Prepared, encode
+from finetrainers.config.load import dump_config, identity, resolved_buckets, resolved_conditions
 from finetrainers.config.schema import RunConfig
-from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream
+from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata
+from finetrainers.encoding import Prompt
 from finetrainers.families.base import SamplingOptions
 from finetrainers.folder import RunFolder, write_atomically
 from finetrainers.hashing import digest, seed_for
-from finetrainers.methods.base import Method
 from finetrainers.reporting.report import write_report
 from finetrainers.training.callback import Callback
 from finetrainers.training.checkpoint import Checkpointer
@@ -29,8 +29,8 @@ from finetrainers.training.saving import WeightsSaver
 from finetrainers.training.signals import StopSignals
 from finetrainers.training.tracking import Trackers, build_trackers, check_trackers
 from finetrainers.training.trainer import Trainer
-from finetrainers.training.validation import HeldOutLoss, SampleVideos, Validation
-from finetrainers.types import Bucket, Sample
+from finetrainers.training.validation import HeldOutLoss, SampleVideos, Scene, Validation
+from finetrainers.types import Bucket, Condition, Sample
 from finetrainers.weights import WeightsFolder, write_card
 
 logger = logging.getLogger(__name__)
@@ -46,16 +46,15 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
             set_aside(run)
         prepared = encode(config)
         config = prepared.config
-        method = build_method(prepared.family, config)
-        transformer, trained = load_trained(prepared, method)
-        drawer = build_drawer(prepared, method, prepared.data.train)
+        models, trained = load_trained(prepared)
+        drawer = build_drawer(prepared, prepared.data.train)
         optimizer = build_optimizer(
             config.optimizer.name, list(trained.values()), **config.optimizer.model_dump(include=_OPTIMIZER_SETTINGS)
         )
         checkpointer = build_checkpointer(prepared)
         trainer = Trainer(
-            method=method,
-            transformer=transformer,
+            method=prepared.method,
+            models=models,
             trained=trained,
             batches=build_stream(prepared, drawer),
             optimizer=optimizer,
@@ -66,7 +65,7 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
                 steps=config.training.steps,
             ),
             engine=prepared.engine,
-            callbacks=build_callbacks(prepared, method, checkpointer),
+            callbacks=build_callbacks(prepared, checkpointer),
             stop_requested=signals.requested,
             **config.training.model_dump(include=_TRAINING_SETTINGS),
         )
@@ -106,32 +105,37 @@ def set_aside(run: RunFolder) -> None:
         logger.info("what the earlier run left was moved to %s", target)
 
 
-def load_trained(prepared: Prepared, method: Method) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
-    """The transformer on its device and the parameters of it that move."""
-    config = prepared.config
+def load_trained(prepared: Prepared) -> tuple[dict[str, torch.nn.Module], dict[str, torch.nn.Parameter]]:
+    """The models on their device and the parameters of them that move."""
+    config, method = prepared.config, prepared.method
     seed_random_state(config.training.seed)
-    transformer: Any = prepared.family.load_transformer(method.weights_dtype)
+    models = method.load(prepared.engine.device)
+    parameters = [parameter for model in models.values() for parameter in model.parameters()]
     # Weights mapped from a file are aligned as the file is; CPU kernels round by alignment, and a resumed run must not.
-    for parameter in transformer.parameters():
+    for parameter in parameters:
         parameter.data = parameter.data.clone()
-    trained = method.attach(transformer, seed_for(config.training.seed, "adapters"))
+    trained = method.attach(models, seed_for(config.training.seed, "adapters"))
     if config.training.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        for name, model in models.items():
+            if name.startswith("transformer"):
+                cast(Any, model).enable_gradient_checkpointing()
     num_trained = sum(parameter.numel() for parameter in trained.values())
-    num_all = sum(parameter.numel() for parameter in transformer.parameters())
+    num_all = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
     logger.info("%s trains %s of %s parameters", method.name, f"{num_trained:,}", f"{num_all:,}")
-    return prepared.engine.prepare(transformer), trained
+    return prepared.engine.prepare(models), trained
 
 
-def build_drawer(prepared: Prepared, method: Method, samples: list[Sample]) -> BatchDrawer:
+def build_drawer(prepared: Prepared, samples: list[Sample]) -> BatchDrawer:
     """Draws batches of these samples from the cache."""
+    training = prepared.config.training
     return BatchDrawer(
         samples=samples,
         cache=prepared.cache,
-        sample_sigma=method.objective.sample_sigma,
-        seed=prepared.config.training.seed,
+        law=prepared.method.objective.law,
+        strata=Strata(training.seed, training.batch_size, training.gradient_accumulation_steps),
         caption_dropout=prepared.config.data.caption_dropout,
-        empty_text_key=prepared.encoder.text_key(""),
+        conditions=resolved_conditions(prepared.config),
+        given=prepared.family.given,
     )
 
 
@@ -158,14 +162,14 @@ def build_checkpointer(prepared: Prepared) -> Checkpointer:
         "the training clips and captions": digest(clips),
     }
     # Content counts, not where it lies: a model or dataset that was moved is the same.
-    for place in ("model.path", "model.revision", "data.train", "data.validation"):
+    for place in ("model.path", "model.revision", "model.family", "data.train", "data.validation"):
         del shared[place]
     return Checkpointer(
         prepared.run.checkpoints, every=config.checkpoint.every, keep=config.checkpoint.keep, identity=shared
     )
 
 
-def build_callbacks(prepared: Prepared, method: Method, checkpointer: Checkpointer) -> list[Callback]:
+def build_callbacks(prepared: Prepared, checkpointer: Checkpointer) -> list[Callback]:
     """What hangs on the loop, in the order in which it is called; the checkpoint comes last, when all else is done."""
     config, run = prepared.config, prepared.run
     progress = ProgressLine()
@@ -176,48 +180,64 @@ def build_callbacks(prepared: Prepared, method: Method, checkpointer: Checkpoint
         progress,
         trackers,
         MemoryPhases(prepared.memory),
-        build_validation(prepared, method, metrics),
+        build_validation(prepared, metrics),
         WeightsSaver(
             WeightsFolder(run.weights, keep=config.checkpoint.keep_weights),
             every=config.checkpoint.every,
-            write_card=lambda folder, step: describe(folder, step, prepared, method),
+            write_card=lambda folder, step: describe(folder, step, prepared),
         ),
         checkpointer,
     ]
 
 
-def build_validation(prepared: Prepared, method: Method, metrics: MetricsFile) -> Validation:
-    """Held-out loss where clips are held out, sample videos where there are prompts."""
-    config, options = prepared.config, prepared.config.validation
-    held_out, videos = None, None
+def build_validation(prepared: Prepared, metrics: MetricsFile) -> Validation:
+    """Held-out loss where clips are held out, sample videos where there are scenes."""
+    options = prepared.config.validation
+    held_out = None
     if prepared.data.held_out:
-        held_out = HeldOutLoss(build_drawer(prepared, method, prepared.data.held_out), options.timesteps)
-    if prepared.prompts:
-        # Sampling at another rate than training would stretch time, so the clips' most common one is taken.
-        fps = Counter(sample.fps for sample in prepared.data.train).most_common(1)[0][0]
-        videos = SampleVideos(
-            family=prepared.family,
-            cache=prepared.cache,
-            folder=prepared.run,
-            prompts=prepared.prompts,
-            text_keys=[prepared.encoder.text_key(prompt) for prompt in prepared.prompts],
-            negative_key=prepared.encoder.text_key(options.negative_prompt),
-            bucket=Bucket.parse(options.bucket) if options.bucket else resolved_buckets(config)[0],
-            options=SamplingOptions(
-                options.num_inference_steps, options.guidance_scale, fps, seed_for(config.training.seed, "videos")
-            ),
-            dtype=DTYPES[config.training.precision],
-        )
+        drawer = build_drawer(prepared, prepared.data.held_out)
+        held_out = HeldOutLoss(drawer, options.timesteps, prepared.family.noise_range)
+    videos = build_videos(prepared) if prepared.scenes else None
     return Validation(every=options.every, metrics=metrics, held_out=held_out, videos=videos)
 
 
-def describe(folder: Path, step: int, prepared: Prepared, method: Method) -> None:
+def build_videos(prepared: Prepared) -> SampleVideos:
+    """Renders the scenes as they were encoded."""
+    config, options, encoder = prepared.config, prepared.config.validation, prepared.encoder
+    # Sampling at another rate than training would stretch time, so the clips' most common one is taken.
+    fps = Counter(sample.fps for sample in prepared.data.train).most_common(1)[0][0]
+    conditions = [entry for entry in resolved_conditions(config) if not entry[0].is_none]
+    return SampleVideos(
+        family=prepared.family,
+        cache=prepared.cache,
+        folder=prepared.run,
+        scenes=[
+            Scene(
+                scene.text,
+                encoder.text_key(scene),
+                encoder.text_key(Prompt(options.negative_prompt, scene.item)),
+                scene.item,
+            )
+            for scene in prepared.scenes
+        ],
+        # A pipeline that animates an image needs one, also where the run gives none; a scene of text alone has no item.
+        condition=max(conditions, key=lambda entry: entry[1])[0] if conditions else Condition(1),
+        bucket=Bucket.parse(options.bucket) if options.bucket else resolved_buckets(config)[0],
+        options=SamplingOptions(
+            options.num_inference_steps, options.guidance_scale, fps, seed_for(config.training.seed, "videos")
+        ),
+        dtype=DTYPES[config.training.precision],
+    )
+
+
+def describe(folder: Path, step: int, prepared: Prepared) -> None:
     """The card beside the weights."""
     write_card(
         folder,
         base_model=prepared.config.model.path,
         family=prepared.family.name,
-        method=method.name,
+        task=prepared.family.task,
+        method=prepared.method.name,
         step=step,
         trigger=prepared.config.data.trigger,
     )

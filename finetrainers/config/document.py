@@ -85,6 +85,13 @@ def _type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return "list of paths" if arguments[0] is SourceConfig else f"list of {_type(arguments[0])}"
     if origin is tuple:
         return f"list of {len(arguments)}: {_type(arguments[0])}"
+    if origin is dict:
+        return f"mapping of {_type(arguments[0])} to {_type(arguments[1])}"
+    if issubclass(annotation, BaseModel):
+        keys = [
+            f"`{name}` ({_type(field.annotation, field.metadata)})" for name, field in annotation.model_fields.items()
+        ]
+        return f"mapping with {' and '.join(keys)}"
     return " ".join([_WORDS[annotation], ", ".join(_bounds(metadata))]).strip()
 
 

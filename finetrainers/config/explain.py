@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -101,10 +101,18 @@ def _keys_of(content: Mapping[Any, Any], location: Location) -> list[str]:
     kind: Any = RunConfig
     if location and location[0] == "method":
         kind = METHODS[_method_of(content)]
-    elif location:
-        field = RunConfig.model_fields.get(str(location[0]))
-        kind = field.annotation if field else None
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+    else:
+        for part in (part for part in location if isinstance(part, str)):
+            field = kind.model_fields.get(part) if kind else None
+            kind = _section_in(field.annotation) if field else None
+    return list(kind.model_fields) if kind else []
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a type is, or holds as one of a union or of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
 def _method_of(content: Mapping[Any, Any]) -> str:
@@ -116,10 +124,8 @@ def _method_of(content: Mapping[Any, Any]) -> str:
 def _suggest(content: Mapping[Any, Any], location: Location) -> str:
     """The nearest key of the same section, or of any; failing both, the keys that the section has."""
     *parents, name = location
-    if len(parents) > 1:
-        return ""
     siblings = _keys_of(content, tuple(parents))
-    prefix = f"{parents[0]}." if parents else ""
+    prefix = "".join(f"{parent}." for parent in parents)
     if hint := _did_you_mean(name, siblings, prefix):
         return hint
     if others := [

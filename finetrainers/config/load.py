@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from finetrainers.config.explain import explain, one_line, shown
 from finetrainers.config.schema import FREE, RunConfig
 from finetrainers.errors import UserError
-from finetrainers.types import Bucket
+from finetrainers.types import Bucket, Condition
 
 
 class _Loader(yaml.SafeLoader):
@@ -157,3 +157,13 @@ def resolved_buckets(config: RunConfig) -> list[Bucket]:
     """`data.buckets` as Bucket objects; they must have been filled in."""
     assert config.data.buckets is not None
     return [Bucket.parse(bucket) for bucket in config.data.buckets]
+
+
+def resolved_conditions(config: RunConfig) -> list[tuple[Condition, float]]:
+    """`data.conditions` as Condition objects with shares that add up to 1; they must have been filled in."""
+    assert config.data.conditions is not None
+    shares = {Condition.parse(text): share for text, share in config.data.conditions.items()}
+    left = 1 - sum(shares.values())
+    if left > 1e-6:
+        shares[Condition()] = shares.get(Condition(), 0.0) + left
+    return [(condition, share) for condition, share in shares.items() if share > 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,8 +17,19 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
-from finetrainers.errors import UserError
-from finetrainers.types import Bucket
+from finetrainers.config.values import (
+    BucketText,
+    ConditionText,
+    Count,
+    Fraction,
+    PathText,
+    PositiveCount,
+    Share,
+    as_list,
+    as_shares,
+    as_sources,
+    without_repeats,
+)
 
 FREE: JsonDict = {"resume": "free"}
 """Marks an option that may change between a run and its resumption without changing a number of it."""
@@ -41,44 +51,14 @@ class Section(BaseModel):
         return value
 
 
-def _plain_path(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+class RopeTemporal(Section):
+    """How rotary positions in time reach beyond the length that the base model was trained on."""
 
-
-def _on_one_line(path: str) -> str:
-    if not path.strip() or any(ord(char) < 32 for char in path):
-        raise ValueError("it must be a path or a hub id on one line")
-    return path
-
-
-def _bucket(text: str) -> str:
-    try:
-        return str(Bucket.parse(text))
-    except UserError:
-        raise ValueError("it must be FRAMESxHEIGHTxWIDTH in positive whole numbers, such as 49x512x768") from None
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _as_sources(value: Any) -> Any:
-    """`./clips`, `{path: ./clips}` or a list of either."""
-    entries = value if isinstance(value, list) else [value]
-    return [{"path": entry} if isinstance(entry, (str, os.PathLike)) else entry for entry in entries]
-
-
-def _without_repeats(entries: list[str]) -> list[str]:
-    return list(dict.fromkeys(entries))
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-# The upper bound keeps a slip of the finger from becoming a number that no loop and no file can hold.
-Count = Annotated[int, Field(ge=0, le=10**9)]
-PositiveCount = Annotated[int, Field(ge=1, le=10**9)]
-PathText = Annotated[str, BeforeValidator(_plain_path), AfterValidator(_on_one_line)]
-BucketText = Annotated[str, AfterValidator(_bucket)]
+    method: Literal["interpolate", "ntk", "riflex"]
+    """`interpolate` squeezes the positions into the trained length, `ntk` raises the base of the frequencies, `riflex`
+    slows down the one frequency that would make the video repeat itself."""
+    frames: Annotated[int, Field(ge=1, le=100_000)]
+    """Length in pixel frames that is reached for."""
 
 
 class ModelConfig(Section):
@@ -86,10 +66,21 @@ class ModelConfig(Section):
 
     path: PathText
     """Hub id or local diffusers folder; the family is detected from its `model_index.json`."""
-    task: str = "text-to-video"
-    """What is trained; `finetrainers models` lists the tasks of each family."""
+    task: Literal["text-to-video", "image-to-video"] | None = None
+    """What is trained; `finetrainers models` lists the tasks of each family. Left out: what the model is for."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    family: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")] | None = None
+    """Dotted name of a Family class of your own, `package.module.Class`, which is imported. Left out: detected."""
+    experts: Literal["both", "high_noise", "low_noise"] | None = None
+    """Which of Wan 2.2 A14B's two transformers is trained, each on its own range of noise levels. Left out: both."""
+    embedded_guidance: Annotated[float, Field(ge=0, le=1000)] | None = None
+    """Guidance scale that HunyuanVideo is told while it trains. Left out: 1, which is no amplification."""
+    learned_positions: Literal["keep", "resize", "remove"] | None = None
+    """What becomes of CogVideoX-5b-I2V's learned position table at other sizes than 49x480x720: `keep` refuses them,
+    `resize` interpolates the table, `remove` leaves only the rotary positions. Left out: keep."""
+    rope_temporal: RopeTemporal | None = None
+    """Train beyond the base model's length: `{method: interpolate|ntk|riflex, frames: N}`. Left out: as it is."""
 
 
 class SourceConfig(Section):
@@ -102,17 +93,20 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """The clips and how they become samples."""
 
-    train: Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
+    train: Annotated[list[SourceConfig], BeforeValidator(as_sources), Field(min_length=1)]
     """A folder, a csv, jsonl or parquet table, or a list of them (each a path or `{path: ...}`)."""
     validation: Annotated[float, Field(gt=0, lt=1)] | PathText | None = None
     """Held-out clips: a path, or a share (0..1) split off by a hash of each clip. Left out: 5 % from 40 clips up."""
     buckets: (
-        Annotated[list[BucketText], BeforeValidator(_as_list), AfterValidator(_without_repeats), Field(min_length=1)]
+        Annotated[list[BucketText], BeforeValidator(as_list), AfterValidator(without_repeats), Field(min_length=1)]
         | None
     ) = None
     """Sizes that clips are brought to, FRAMESxHEIGHTxWIDTH; each takes the best one. Left out: the family's own."""
     fps: Annotated[float, Field(gt=0, le=1000)] | None = None
     """Frames per second that clips are resampled to. Left out: each clip keeps its own rate."""
+    conditions: Annotated[dict[ConditionText, Share], BeforeValidator(as_shares)] | None = None
+    """Frames of a clip that the model is given, and how often: shares of `first`, `first_last`, `prefix-N` (N frames)
+    and `none`, such as `{first: 0.5}`; what is left of 1 is `none`. Left out: the family's own for the task."""
     window: Literal["first", "middle", "all"] = "first"
     """Which part of a clip longer than its bucket is used; `all` makes a sample of each part that fits."""
     trigger: str = ""
@@ -125,6 +119,13 @@ class DataConfig(Section):
     """Stop, naming each, when any clip cannot be used; otherwise they are named, counted and left out."""
     cache: PathText | None = Field(None, json_schema_extra=FREE)
     """Folder of the encoded dataset, which runs may share. Left out: `cache` in the output folder."""
+
+    @field_validator("conditions")
+    @classmethod
+    def _add_up(cls, shares: dict[str, float] | None) -> dict[str, float] | None:
+        if shares is not None and sum(shares.values()) > 1 + 1e-6:
+            raise ValueError("the shares must add up to 1 at most")
+        return shares
 
 
 class LoraOptions(Section):
@@ -140,6 +141,8 @@ class LoraOptions(Section):
     path. Left out: the family's own, the attention projections of every block."""
     dropout: Fraction = 0.0
     """Dropout on the adapters' input."""
+    text_encoder: Literal["frozen", "lora"] = "frozen"
+    """`lora` trains adapters of the text encoder too, of the same rank; captions are then embedded in every step."""
 
 
 class FullOptions(Section):
@@ -163,17 +166,26 @@ MethodConfig = Annotated[
 
 
 class ObjectiveConfig(Section):
-    """How noise levels are drawn."""
+    """How noise levels are drawn, and how they are weighed."""
 
-    timestep_sampling: Literal["uniform", "logit_normal", "shifted_logit_normal"] | None = None
-    """The law of the noise level. `shifted_logit_normal` moves towards more noise with more tokens, as LTX-Video was
-    trained. Left out: the family's own."""
+    timestep_sampling: Literal["uniform", "logit_normal", "mode", "shifted_logit_normal"] | None = None
+    """The law of the noise level; `finetrainers models --timesteps FAMILY` shows it. `shifted_logit_normal` moves
+    towards more noise with more tokens, as LTX-Video was trained. Left out: the family's own."""
+    shift: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Moves every noise level towards more noise (above 1) or less: s * x / (1 + (s - 1) * x). Left out: the family's
+    own, such as 7 for HunyuanVideo."""
     logit_mean: float = 0.0
     """Mean of the normal under `logit_normal`; more is more noise."""
     logit_std: Annotated[float, Field(gt=0)] = 1.0
     """Standard deviation of the normal under `logit_normal` and `shifted_logit_normal`."""
+    mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = 1.29
+    """Under `mode`: above 0 more of the middle noise levels, below 0 more of the ends."""
     uniform_share: Share = 0.1
     """Share of draws that are uniform under `shifted_logit_normal`, so that no noise level is forgotten."""
+    loss_weighting: Literal["none", "min_snr"] = "none"
+    """`min_snr` gives the easiest noise levels less weight, for models that predict v (CogVideoX)."""
+    snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    """Signal-to-noise ratio from which `min_snr` weighs a noise level down."""
 
 
 class OptimizerConfig(Section):
@@ -235,8 +247,10 @@ class ValidationConfig(Section):
 
     every: Count = Field(250, json_schema_extra=FREE)
     """Optimizer steps between validations, the first before step 1; 0 is never."""
-    prompts: Annotated[list[str], BeforeValidator(_as_list)] = Field([], json_schema_extra=FREE)
+    prompts: Annotated[list[str], BeforeValidator(as_list)] = Field([], json_schema_extra=FREE)
     """Prompts of the sample videos. Left out: captions of held-out clips, or of training clips if there are none."""
+    images: Annotated[list[PathText], BeforeValidator(as_list)] = Field([], json_schema_extra=FREE)
+    """For image-to-video, an image or clip for each of `prompts`, whose frames are given."""
     num_videos: Annotated[int, Field(ge=0, le=64)] = Field(2, json_schema_extra=FREE)
     """How many captions are used when `prompts` is left out; 0 makes no videos."""
     negative_prompt: str = Field("", json_schema_extra=FREE)
@@ -265,7 +279,7 @@ class CheckpointConfig(Section):
 class TrackingConfig(Section):
     """Where numbers and videos go besides `metrics.jsonl`, which is always written."""
 
-    trackers: Annotated[list[Literal["wandb", "tensorboard"]], BeforeValidator(_as_list)] = Field(
+    trackers: Annotated[list[Literal["wandb", "tensorboard"]], BeforeValidator(as_list)] = Field(
         [], json_schema_extra=FREE
     )
     """Any of `wandb` and `tensorboard`."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
 from finetrainers.data.cache import Cache
 from finetrainers.hashing import generator_for
-from finetrainers.types import Batch, Bucket, Sample
+from finetrainers.latents import draw_latents
+from finetrainers.types import Batch, Bucket, Condition, Sample
 
 
 class BatchOrder:
@@ -51,65 +53,122 @@ class BatchOrder:
 
 
 @dataclass(frozen=True)
+class Strata:
+    """Uniform draws that are spread evenly over the samples of each optimizer step: of n, one lies in each n-th part of
+    (0, 1). Noise levels drawn by them leave less to chance than independent ones, however the step is cut up into
+    batches."""
+
+    seed: int
+    batch_size: int
+    batches_per_step: int
+    """Over accumulation and all processes."""
+
+    def draw(self, position: int, count: int) -> list[float]:
+        """The draws of batch number `position`, which has so many samples."""
+        step, batch = divmod(position, self.batches_per_step)
+        generator = generator_for(self.seed, "levels", step)
+        total = self.batch_size * self.batches_per_step
+        parts = torch.randperm(total, generator=generator).double()
+        spread = (parts + torch.rand(total, generator=generator).double()) / total
+        start = batch * self.batch_size
+        return spread[start : start + count].tolist()
+
+
+class Giver(Protocol):
+    """What a family makes of the frames that its model is given; see `Family.given`."""
+
+    def __call__(
+        self,
+        condition: Condition,
+        latents_CFHW: torch.Tensor,
+        encoded: Mapping[str, torch.Tensor],
+        generator: torch.Generator | None,
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of one sample."""
+
+
+@dataclass(frozen=True)
 class BatchDrawer:
-    """Reads samples from the cache and draws all that is random about them, keyed by seed, epoch and sample."""
+    """Reads samples from the cache and draws all that is random about them, keyed by seed and step or sample."""
 
     samples: Sequence[Sample]
     cache: Cache
-    sample_sigma: Callable[[int, torch.Generator], float]
-    seed: int
+    law: Callable[[int, float], float]
+    """Noise level of a uniform draw, given the number of video tokens."""
+    strata: Strata
     caption_dropout: float
-    empty_text_key: str
-    """Cache key of the empty caption."""
+    conditions: Sequence[tuple[Condition, float]]
+    """What is given of the clips, and how often; the shares add up to 1."""
+    given: Giver
 
-    def draw(self, epoch: int, indices: Sequence[int]) -> Batch:
-        """The batch of these samples in this epoch."""
-        samples = [self.samples[index] for index in indices]
-        latents, noises, sigmas, texts = [], [], [], []
+    def draw(self, position: int, epoch: int, indices: Sequence[int]) -> Batch:
+        """Batch number `position`, made of these samples in this epoch."""
+        samples, seed = [self.samples[index] for index in indices], self.strata.seed
+        condition = self._draw_condition(epoch, indices[0])
+        levels = self.strata.draw(position, len(indices))
+        latents, noises, texts, given = [], [], [], []
         for index, sample in zip(indices, samples, strict=True):
             moments = self.cache.read("videos", sample.video_key)
-            latents.append(_draw_latents(moments, generator_for(self.seed, "latents", epoch, index)))
-            noises.append(torch.randn(latents[-1].shape, generator=generator_for(self.seed, "noise", epoch, index)))
-            sigmas.append(self.sample_sigma(sample.num_tokens, generator_for(self.seed, "sigma", epoch, index)))
-            coin = torch.rand((), generator=generator_for(self.seed, "caption", epoch, index)).item()
-            key = self.empty_text_key if coin < self.caption_dropout else sample.text_key
+            latents.append(draw_latents(moments, generator_for(seed, "latents", epoch, index)))
+            noises.append(torch.randn(latents[-1].shape, generator=generator_for(seed, "noise", epoch, index)))
+            coin = torch.rand((), generator=generator_for(seed, "caption", epoch, index)).item()
+            key = sample.empty_text_key if coin < self.caption_dropout else sample.text_key
             texts.append(self.cache.read("texts", key))
+            chance = None if condition.is_none else generator_for(seed, "given", epoch, index)
+            given.append(self._given(sample, condition, latents[-1], chance))
         return Batch(
             latents_BCFHW=torch.stack(latents),
             noise_BCFHW=torch.stack(noises),
-            sigma_B=torch.tensor(sigmas),
-            text={name: torch.stack([text[name] for text in texts]) for name in texts[0]},
+            level_B=torch.tensor([self.law(s.num_tokens, u) for s, u in zip(samples, levels, strict=True)]),
+            text=_stack(texts),
+            given=_stack(given),
             fps=tuple(sample.fps for sample in samples),
             names=tuple(sample.name for sample in samples),
             num_tokens=sum(sample.num_tokens for sample in samples),
         )
 
-    def fixed(self, index: int, sigma: float) -> Batch:
-        """One sample, from the mean of its posterior, at this noise level and the noise that belongs to both: the same
-        at every call."""
+    def fixed(self, index: int, level: float) -> Batch:
+        """One sample, from the mean of its posterior, under the most common condition, at this noise level and the
+        noise that belongs to both: the same at every call."""
         sample = self.samples[index]
-        latents = _draw_latents(self.cache.read("videos", sample.video_key), generator=None)
-        noise = torch.randn(
-            latents.shape, generator=generator_for(self.seed, "validation", sample.video_key, f"{sigma:.6f}")
-        )
+        latents = draw_latents(self.cache.read("videos", sample.video_key), generator=None)
+        generator = generator_for(self.strata.seed, "validation", sample.video_key, f"{level:.6f}")
+        condition = max(self.conditions, key=lambda entry: entry[1])[0] if sample.bucket.num_frames > 1 else Condition()
         return Batch(
             latents_BCFHW=latents[None],
-            noise_BCFHW=noise[None],
-            sigma_B=torch.tensor([sigma]),
-            text={name: tensor[None] for name, tensor in self.cache.read("texts", sample.text_key).items()},
+            noise_BCFHW=torch.randn(latents.shape, generator=generator)[None],
+            level_B=torch.tensor([level]),
+            text=_stack([self.cache.read("texts", sample.text_key)]),
+            given=_stack([self._given(sample, condition, latents, None)]),
             fps=(sample.fps,),
             names=(sample.name,),
             num_tokens=sample.num_tokens,
         )
 
+    def _draw_condition(self, epoch: int, first: int) -> Condition:
+        """One condition for the whole batch, since it may decide the length of the sequence. A still image has no other
+        frames to give."""
+        if self.samples[first].bucket.num_frames == 1:
+            return Condition()
+        if len(self.conditions) == 1:
+            return self.conditions[0][0]
+        coin = torch.rand((), generator=generator_for(self.strata.seed, "condition", epoch, first)).item()
+        for condition, share in self.conditions:
+            coin -= share
+            if coin < 0:
+                return condition
+        return self.conditions[-1][0]
 
-def _draw_latents(moments: dict[str, torch.Tensor], generator: torch.Generator | None) -> torch.Tensor:
-    """Normalised latents [C, F, H, W], fp32: a draw from the posterior, or its mean without a generator."""
-    latents = moments["mean"].float()
-    if generator is not None:
-        deviation = torch.exp(0.5 * moments["logvar"].float())
-        latents = latents + deviation * torch.randn(latents.shape, generator=generator)
-    return (latents - moments["shift"].view(-1, 1, 1, 1)) * moments["scale"].view(-1, 1, 1, 1)
+    def _given(
+        self, sample: Sample, condition: Condition, latents: torch.Tensor, generator: torch.Generator | None
+    ) -> dict[str, torch.Tensor]:
+        key = sample.condition_keys.get(str(condition))
+        encoded = {} if key is None else self.cache.read("conditions", key)
+        return self.given(condition, latents, encoded, generator)
+
+
+def _stack(entries: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
 
 @dataclass(frozen=True)
@@ -125,21 +184,21 @@ class BatchStream:
         """Yield (epoch, batch) from batch number `position` on."""
         if self.num_workers == 0:
             while True:
-                yield self._load(*self.order[position])
+                yield self._load(position, *self.order[position])
                 position += 1
         ahead: deque[Future[tuple[int, Batch]]] = deque()
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="batches")
         try:
             while True:
                 while len(ahead) <= self.num_workers:
-                    ahead.append(pool.submit(self._load, *self.order[position]))
+                    ahead.append(pool.submit(self._load, position, *self.order[position]))
                     position += 1
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, epoch: int, indices: tuple[int, ...]) -> tuple[int, Batch]:
-        batch = self.drawer.draw(epoch, indices)
+    def _load(self, position: int, epoch: int, indices: tuple[int, ...]) -> tuple[int, Batch]:
+        batch = self.drawer.draw(position, epoch, indices)
         if self.pin_memory:
             batch = map_tensors(batch, lambda tensor: tensor.pin_memory())
         return epoch, batch
@@ -151,6 +210,7 @@ def map_tensors(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) ->
         batch,
         latents_BCFHW=change(batch.latents_BCFHW),
         noise_BCFHW=change(batch.noise_BCFHW),
-        sigma_B=change(batch.sigma_B),
+        level_B=change(batch.level_B),
         text={name: change(tensor) for name, tensor in batch.text.items()},
+        given={name: change(tensor) for name, tensor in batch.given.items()},
     )

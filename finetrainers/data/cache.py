@@ -20,11 +20,12 @@ logger = logging.getLogger(__name__)
 _MOST_MAPPED = 8192
 """Entries that stay mapped; Linux allows a process 65,530 mappings."""
 
-Kind = Literal["videos", "texts"]
+Kind = Literal["videos", "conditions", "texts"]
 
 
 class Cache:
-    """A folder of safetensors files, `videos/ab/abcd....safetensors` and `texts/...`; several runs may share it."""
+    """A folder of safetensors files, `videos/ab/abcd....safetensors`, `conditions/...` and `texts/...`, which several
+    runs may share."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -56,7 +57,8 @@ class Cache:
     def write(self, kind: Kind, key: str, tensors: dict[str, Tensor]) -> None:
         """Store an entry, whole or not at all."""
         path = self.path(kind, key)
-        data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        # Cloned, because tensors that are views of one another cannot be saved.
+        data = save({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()})
         write_atomically(path, data)
         self._whole[key] = [*_stamp(path), zlib.crc32(data)]
         self._mapped.pop(key, None)

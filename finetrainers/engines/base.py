@@ -26,8 +26,8 @@ class Engine(ABC):
         return torch.default_generator
 
     @abstractmethod
-    def prepare(self, transformer: torch.nn.Module) -> torch.nn.Module:
-        """Bring the transformer to the device, ready for forward passes."""
+    def prepare(self, models: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+        """Bring the models to the device, ready for forward passes."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:

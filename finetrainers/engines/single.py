@@ -19,8 +19,8 @@ class SingleEngine(Engine):
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def prepare(self, transformer: torch.nn.Module) -> torch.nn.Module:
-        return transformer.to(self.device)
+    def prepare(self, models: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+        return {name: model.to(self.device) for name, model in models.items()}
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import getfile
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from finetrainers.hashing import folder_digest
-from finetrainers.types import Bucket
+from finetrainers.hashing import digest, file_digest, folder_digest
+from finetrainers.types import Bucket, Condition
 
 # Shape suffixes: B batch, C channels, F frames, H height, W width, L text tokens, D features.
+
+TEXT_TO_VIDEO, IMAGE_TO_VIDEO = "text-to-video", "image-to-video"
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,24 @@ class SamplingOptions:
     seed: int
 
 
+@dataclass(frozen=True)
+class TokenCount:
+    """What a tokenizer made of one caption."""
+
+    num_tokens: int
+    """Before it is cut."""
+    num_unknown: int
+    """Tokens that stand for text the tokenizer does not know."""
+    limit: int
+    """Tokens that the model reads; what is beyond is cut off."""
+
+
 class Family(ABC):
     """One model family, opened on a model folder. Latents are `BCFHW` everywhere outside a family; packing, rotary
-    coordinates, masks and whatever else its transformer wants lives inside `predict`."""
+    coordinates, masks and whatever else its transformer wants lives inside `predict`.
+
+    The networks of a family go by the names of their folders: `transformer`, `vae`, `text_encoder`, ...
+    """
 
     name: ClassVar[str]
     """As shown by `finetrainers models`."""
@@ -39,85 +58,253 @@ class Family(ABC):
     pipelines: ClassVar[tuple[str, ...]]
     """Class names in `model_index.json` by which it is recognised."""
     tasks: ClassVar[tuple[str, ...]]
-    parts: ClassVar[dict[str, str]]
-    """Role -> subfolder, for the roles `video_encoder`, `text_encoder`, `tokenizer`, `transformer`."""
-    default_fps: ClassVar[float]
-    """Frame rate of sample videos where the clips do not say."""
+    """Of all its variants; those of the opened folder are `supported_tasks`."""
+    laws: ClassVar[dict[str, dict[str, Any]]] = {}
+    """How each published variant's noise levels are drawn by default, as options of `objective`."""
+    lengths: ClassVar[tuple[int, ...]] = (0,)
+    """Numbers of video tokens at which a law that looks at them is worth seeing."""
+    takes: ClassVar[frozenset[str]] = frozenset()
+    """Options of the `model` section that only some families have, such as `rope_temporal`."""
+    runs_on_meta: ClassVar[bool] = True
+    """Whether `predict` runs without data, so that `plan` can count its work."""
+    version: ClassVar[int] = 1
+    """Raised whenever this family encodes the same clip or caption to other numbers than before."""
 
-    def __init__(self, folder: Path, *, vae_tiling: bool = False) -> None:
+    def __init__(self, folder: Path, options: Any, *, vae_tiling: bool = False) -> None:
         self.folder = folder
+        self.options = options
+        """The `model` section of the config."""
         self.vae_tiling = vae_tiling
+
+    # What it is.
+
+    @property
+    def supported_tasks(self) -> tuple[str, ...]:
+        """What this folder's model does; the first is what it is for."""
+        return self.tasks
+
+    @property
+    def task(self) -> str:
+        """The task that is trained: the given one, or what the model is for."""
+        return self.options.task or self.supported_tasks[0]
+
+    @property
+    @abstractmethod
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Role -> subfolders of the model, for the roles `video_encoder` (with an image encoder, if the task has one),
+        `text_encoder` (with its tokenizers) and `transformer`."""
+
+    @property
+    @abstractmethod
+    def default_fps(self) -> float:
+        """Frame rate of sample videos where the clips do not say."""
 
     @abstractmethod
     def defaults(self, method: str) -> dict[str, Any]:
         """The best known value, by `section.key`, of each option whose default only the family knows."""
+
+    @property
+    def longest(self) -> int | None:
+        """Pixel frames of the longest clips that the base model was trained on, of a family that takes
+        `rope_temporal`."""
+        return None
+
+    def check_options(self) -> str | None:
+        """None if the options of `model` fit this folder's model; otherwise what is wrong and how to mend it."""
+        return None
+
+    # Sizes.
+
+    @property
+    @abstractmethod
+    def latent_channels(self) -> int:
+        """Channels of the latents that are noised."""
 
     @abstractmethod
     def check_bucket(self, bucket: Bucket) -> str | None:
         """None if the model can take the size; otherwise why not and what it can take."""
 
     @abstractmethod
+    def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
+        """Frames, height and width of the latents of a clip."""
+
+    @abstractmethod
     def num_tokens(self, bucket: Bucket) -> int:
         """Length of the transformer's video sequence for a clip of this size."""
 
-    @abstractmethod
-    def build_transformer(self) -> torch.nn.Module:
-        """The transformer as its config describes it, with no weights read; meant for the meta device."""
+    # The objective that it was trained with.
+
+    def alphas_cumprod(self) -> Tensor | None:
+        """Signal kept at each of the discrete timesteps [1000], fp64, of a model that predicts v; None means flow
+        matching."""
+        return None
+
+    @property
+    def noise_range(self) -> tuple[float, float]:
+        """Noise levels that are trained; narrower than (0, 1) for one of two experts."""
+        return 0.0, 1.0
+
+    # The transformer, or the transformers where noise levels are shared out between experts.
 
     @abstractmethod
-    def load_transformer(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The transformer with its weights, on the CPU."""
+    def build_transformers(self) -> dict[str, torch.nn.Module]:
+        """What is trained, by name, as its configs describe it, with no weights read; meant for the meta device."""
 
     @abstractmethod
-    def load_video_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """The VAE, ready to encode and to decode."""
-
-    @abstractmethod
-    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """Text encoders and tokenizers by name."""
-
-    @abstractmethod
-    def encode_video(self, vae: Any, video_FCHW: Tensor) -> dict[str, Tensor]:
-        """A clip (uint8, RGB) as the posterior of its latents: `mean` and `logvar` [C, F, H, W] in the VAE's dtype, and
-        `shift` and `scale` [C] (fp32) by which a draw is normalised: `(draw - shift) * scale`."""
-
-    @abstractmethod
-    def encode_text(self, encoders: dict[str, Any], captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        """For each caption, what the transformer is given for it, without the batch dimension."""
-
-    @abstractmethod
-    def count_text_tokens(self, encoders: dict[str, Any], captions: Sequence[str]) -> tuple[list[int], int]:
-        """Tokens of each caption before it is cut, and the length at which it is cut."""
+    def load_transformers(self, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+        """What is trained, by name (`transformer`, and `transformer_2`), with its weights, on the CPU."""
 
     @abstractmethod
     def predict(
         self,
-        transformer: torch.nn.Module,
+        transformers: Mapping[str, Any],
         latents_BCFHW: Tensor,
         timestep_B: Tensor,
         *,
-        text: dict[str, Tensor],
+        text: Mapping[str, Tensor],
+        given: Mapping[str, Tensor],
         fps: Sequence[float],
     ) -> Tensor:
-        """The transformer's answer, fp32, in the shape of the latents; called exactly as the pipeline calls it."""
+        """The transformer's answer, fp32, in the shape of the latents; called exactly as the pipeline calls it.
+
+        `latents_BCFHW` are noised in all frames; where `given` says that frames are given clean, they are put in here.
+        """
+
+    # Video.
+
+    @abstractmethod
+    def load_video_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """The `vae`, ready to encode and to decode, and what else looks at pixels for this task (`image_encoder`)."""
+
+    @abstractmethod
+    def encode_video(self, encoders: Mapping[str, Any], video_FCHW: Tensor) -> dict[str, Tensor]:
+        """A clip (uint8, RGB) as the posterior of its latents: `mean` and `logvar` [C, F, H, W] in the VAE's dtype, and
+        `shift` and `scale` [C] (fp32) by which a draw is normalised: `(draw - shift) * scale`."""
+
+    # Conditions: frames of the clip that the model is given.
+
+    def check_condition(self, condition: Condition, bucket: Bucket) -> str | None:
+        """None if clips of this size can be trained with these frames given; otherwise why not and what can be."""
+        return None if condition.is_none else f"{self.name} is given no frames; leave data.conditions out"
+
+    def needs_encoding(self, condition: Condition) -> bool:
+        """Whether `given` needs more of the clip than its latents: what `encode_condition` makes."""
+        return False
+
+    def encode_condition(
+        self, encoders: Mapping[str, Any], video_FCHW: Tensor, condition: Condition, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """What the model needs of the given frames of a clip (uint8, RGB), to be kept in the cache. Whatever is random
+        in it comes from `generator`, which belongs to the clip."""
+        raise NotImplementedError
+
+    def blank_condition(self, bucket: Bucket, condition: Condition) -> dict[str, Tensor]:
+        """Zeros of the shapes that `encode_condition` gives, for counting on the meta device."""
+        return {}
+
+    def given(
+        self,
+        condition: Condition,
+        latents_CFHW: Tensor,
+        encoded: Mapping[str, Tensor],
+        generator: torch.Generator | None,
+    ) -> dict[str, Tensor]:
+        """What `predict` gets for one sample, from its clean normalised latents and what `encode_condition` made; a
+        random draw where the official training draws, or the same at every call without a generator.
+
+        Keys and shapes must be the same for all samples of one size under one condition. The key `frames` [F] (bool) is
+        read by training as well: latent frames that are given clean, which are not to be learned.
+        """
+        return {}
+
+    # Text.
+
+    @property
+    @abstractmethod
+    def text_encoder_targets(self) -> str:
+        """Regular expression for the layers of `text_encoder` that get adapters when it is trained too."""
+
+    @property
+    def text_sees_image(self) -> bool:
+        """Whether the text encoder is shown the first frame as well, so that a caption's embedding is a clip's own."""
+        return False
+
+    @abstractmethod
+    def load_tokenizers(self) -> dict[str, Any]:
+        """Tokenizers (and image processors of text encoders that see) by name."""
+
+    @abstractmethod
+    def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """The networks that embed text, by name."""
+
+    @abstractmethod
+    def tokenize(
+        self, tokenizers: Mapping[str, Any], captions: Sequence[str], images: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Captions as `embed` takes them, batch first and padded. `images` (uint8, CHW) belong to the captions, where
+        `text_sees_image`."""
+
+    @abstractmethod
+    def embed(self, encoders: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tokens as `predict` takes them for text, batch first. Gradients flow through it."""
+
+    @abstractmethod
+    def count_tokens(self, tokenizers: Mapping[str, Any], captions: Sequence[str]) -> list[TokenCount]:
+        """What the tokenizer makes of each caption, cleaned as for the model."""
+
+    @abstractmethod
+    def blank_text(self) -> dict[str, Tensor]:
+        """Zeros of the shapes that `embed` gives for one caption, without batch dimension; for counting."""
+
+    # Sampling.
 
     @abstractmethod
     def pipeline(self, **parts: Any) -> Any:
-        """The diffusers pipeline around the given parts, with a fresh scheduler; parts left out are None."""
+        """The task's diffusers pipeline around the given parts, with a fresh scheduler; parts left out are None."""
 
     @abstractmethod
     def load_pipeline(self, dtype: torch.dtype) -> Any:
-        """The whole diffusers pipeline from the model folder, on the CPU."""
+        """The task's whole diffusers pipeline from the model folder, on the CPU."""
 
     @abstractmethod
-    def render(self, pipeline: Any, bucket: Bucket, options: SamplingOptions, **prompt: Any) -> Tensor:
+    def render(
+        self,
+        pipeline: Any,
+        bucket: Bucket,
+        options: SamplingOptions,
+        *,
+        image: Any = None,
+        last_image: Any = None,
+        **prompt: Any,
+    ) -> Tensor:
         """Run the pipeline: one video, uint8 FHWC, on the CPU. `prompt` holds `prompt` and `negative_prompt`, or what
-        `prompt_arguments` made of encoded text."""
+        `prompt_arguments` made of embedded text; `image` (PIL, or a list of them for a longer beginning) and
+        `last_image` (PIL) are frames that are given."""
 
     @abstractmethod
-    def prompt_arguments(self, text: dict[str, Tensor], negative: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Encoded texts (without batch dimension) as the pipeline's call takes them."""
+    def prompt_arguments(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Embedded texts (batch of one) as the pipeline's call takes them."""
+
+    # Files.
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """The model_index.json."""
+        loaded: dict[str, Any] = json.loads((self.folder / "model_index.json").read_text())
+        return loaded
+
+    def notes(self) -> dict[str, Any]:
+        """What trained weights must say about themselves, because the model is wrong for them without it."""
+        rope = self.options.rope_temporal
+        return {} if rope is None else {"rope_temporal": rope.model_dump()}
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The config.json of one part."""
+        loaded: dict[str, Any] = json.loads((self.folder / part / "config.json").read_text())
+        return loaded
 
     def fingerprint(self, role: str) -> str:
-        """Digest of the files of one part; what was made with it is stale when this changes."""
-        return folder_digest(self.folder / self.parts[role])
+        """Digest of the files behind a role; what was made with them is stale when this changes. Of a family from
+        outside the package its code counts too, since nobody else sees to its `version`."""
+        code = [] if type(self).__module__.startswith("finetrainers.") else [file_digest(Path(getfile(type(self))))]
+        return digest([self.version, *code, *(folder_digest(self.folder / part) for part in self.parts[role])])

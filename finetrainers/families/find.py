@@ -7,6 +7,7 @@ import json
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 from finetrainers import families
 from finetrainers.errors import UserError
@@ -17,24 +18,24 @@ _WEIGHTS = ["*/*.safetensors"]
 
 
 def all_families() -> list[type[Family]]:
-    """Every family in the package, by name: each module of `families/` that holds a Family."""
+    """Every family in the package, by name: each module of `families/` that holds one."""
     for module in pkgutil.iter_modules(families.__path__):
         importlib.import_module(f"{families.__name__}.{module.name}")
-    return sorted((kind for kind in Family.__subclasses__() if hasattr(kind, "name")), key=lambda kind: kind.name)
+    ours = [kind for kind in Family.__subclasses__() if kind.__module__.startswith(f"{families.__name__}.")]
+    return sorted(ours, key=lambda kind: kind.name)
 
 
-def find_family(
-    path: str, *, revision: str | None, task: str, vae_tiling: bool = False, weights: bool = True
-) -> Family:
-    """Open the family of a model. Raises UserError for a missing model, an unknown family or a task it has not.
+def find_family(options: Any, *, vae_tiling: bool = False, weights: bool = True) -> Family:
+    """Open the family of the model that the `model` section describes. Raises UserError for a missing model, an unknown
+    family, or a task or option that the model has not.
 
     With `weights=False` only configs are fetched from the hub: enough to plan a run.
     """
-    folder = resolve_model(path, revision=revision, weights=weights)
-    index_file = folder / "model_index.json"
+    path = options.path
+    kinds = [import_family(options.family)] if options.family else all_families()
+    folder = resolve_model(path, revision=options.revision, weights=weights)
     try:
-        index = json.loads(index_file.read_text())
-        class_name = index["_class_name"]
+        class_name = json.loads((folder / "model_index.json").read_text())["_class_name"]
     except FileNotFoundError:
         raise UserError(
             f"model.path {path}: no model_index.json in it; give a diffusers folder, which has transformer/, vae/, ..."
@@ -43,14 +44,58 @@ def find_family(
         raise UserError(f"model.path {path}: its model_index.json names no `_class_name`, or is not JSON") from None
     if weights:
         hide_loading_bars()
-    kinds = all_families()
     for kind in kinds:
         if class_name in kind.pipelines:
-            _check_task(kind, task)
-            _check_parts(kind, folder, path)
-            return kind(folder, vae_tiling=vae_tiling)
+            return _open(kind, folder, options, vae_tiling=vae_tiling)
     known = "; ".join(f"{kind.name} ({', '.join(kind.pipelines)})" for kind in kinds)
     raise UserError(f"model.path {path} is a {class_name}, which is not supported; supported are: {known}")
+
+
+def import_family(dotted: str) -> type[Family]:
+    """A Family class from outside the package. Raises UserError when there is none of that name."""
+    module_name, _, class_name = dotted.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"model.family {dotted}: cannot be imported ({error}); it is package.module.Class, found on PYTHONPATH"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Family)):
+        raise UserError(f"model.family {dotted} is no subclass of finetrainers.families.base.Family")
+    return kind
+
+
+def _open(kind: type[Family], folder: Path, options: Any, *, vae_tiling: bool) -> Family:
+    """The family on its folder, once all parts are there and all options fit."""
+    path, family = options.path, kind(folder, options, vae_tiling=vae_tiling)
+    configs = ["transformer", "vae"]
+    if missing := [part for part in configs if not (folder / part / "config.json").is_file()]:
+        raise UserError(f"model.path {path}: the file {missing[0]}/config.json of a {kind.name} model is missing in it")
+    for part in (part for parts in family.parts.values() for part in parts):
+        if not (folder / part).is_dir():
+            raise UserError(f"model.path {path}: the folder {part}/ of a {kind.name} model is missing in it")
+    if family.task not in family.supported_tasks:
+        raise UserError(
+            f"model.task {family.task!r} is not supported by {path} ({kind.name}); it does: "
+            f"{', '.join(family.supported_tasks)}"
+        )
+    for name in _OPTIONAL - kind.takes:
+        if getattr(options, name) is not None:
+            takers = [other.name for other in all_families() if name in other.takes]
+            raise UserError(f"model.{name} is no option of {kind.name}; it is for {', '.join(takers)}")
+    if reason := family.check_options():
+        raise UserError(reason)
+    rope = options.rope_temporal
+    if rope is not None and family.longest is not None and rope.frames <= family.longest:
+        raise UserError(
+            f"model.rope_temporal.frames {rope.frames} is not beyond the {family.longest} frames that the model was "
+            "trained on; leave model.rope_temporal out"
+        )
+    return family
+
+
+_OPTIONAL = frozenset({"experts", "embedded_guidance", "learned_positions", "rope_temporal"})
+"""Options of the `model` section that only some families have."""
 
 
 def hide_loading_bars() -> None:
@@ -60,17 +105,6 @@ def hide_loading_bars() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-
-
-def _check_task(kind: type[Family], task: str) -> None:
-    if task not in kind.tasks:
-        raise UserError(f"model.task {task!r} is not supported for {kind.name}; supported are: {', '.join(kind.tasks)}")
-
-
-def _check_parts(kind: type[Family], folder: Path, path: str) -> None:
-    for part in kind.parts.values():
-        if not (folder / part).is_dir():
-            raise UserError(f"model.path {path}: the folder {part}/ of a {kind.name} model is missing in it")
 
 
 def resolve_model(path: str, *, revision: str | None = None, weights: bool = True) -> Path:

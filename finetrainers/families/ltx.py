@@ -1,118 +1,122 @@
-"""LTX-Video, 2B and 13B, 0.9.0 to 0.9.8: text to video."""
+"""LTX-Video, 2B and 13B, 0.9.0 to 0.9.8: text to video, and frames given at the beginning and the end."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetrainers.errors import UserError
-from finetrainers.families.base import Family, SamplingOptions
-from finetrainers.types import Bucket
+from finetrainers.families.base import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Family, SamplingOptions, TokenCount
+from finetrainers.families.parts import (
+    batched,
+    build_network,
+    count_tokens,
+    frames_out,
+    load_encoder,
+    load_network,
+    load_tokenizer,
+    pad_tokens,
+    put_given,
+    refuse_bucket,
+    to_pixels,
+)
+from finetrainers.latents import draw_latents
+from finetrainers.types import Bucket, Condition
 
 # Shape suffixes: B batch, C channels, F frames, H height, W width, S video tokens, L text tokens, D features.
 
 FRAMES, SPACE = 8, 32
 """Pixels of a latent in time and in space; the transformer's patch is one latent."""
+LONGEST = 257
+"""Frames of the longest clips that the model is published for."""
 GUIDANCE_SCALE = 3.0
 TARGETS = r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 
 
 class LTXVideo(Family):
     """From 0.9.5 on (told by the VAE's blocks) latents have causal time coordinates and prompts 256 tokens, and the
-    pipeline is LTXConditionPipeline; before, LTXPipeline."""
+    pipeline is LTXConditionPipeline; before, LTXPipeline and LTXImageToVideoPipeline."""
 
     name = "ltx"
     variants = "LTX-Video 2B and 13B, 0.9.0 to 0.9.8"
     pipelines = ("LTXPipeline", "LTXConditionPipeline", "LTXImageToVideoPipeline")
-    tasks = ("text-to-video",)
+    tasks = (TEXT_TO_VIDEO, IMAGE_TO_VIDEO)
+    laws = {"all": {"timestep_sampling": "shifted_logit_normal", "shift": 1.0}}  # noqa: RUF012 - a constant of the class
+    lengths = (1024, 2688, 4096)
+    takes = frozenset({"rope_temporal"})
     parts = {  # noqa: RUF012 - a constant of the class
-        "video_encoder": "vae",
-        "text_encoder": "text_encoder",
-        "tokenizer": "tokenizer",
-        "transformer": "transformer",
+        "video_encoder": ("vae",),
+        "text_encoder": ("text_encoder", "tokenizer"),
+        "transformer": ("transformer",),
     }
     default_fps = 25.0
+    longest = LONGEST
+    text_encoder_targets = r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.[qkvo]"
 
     @cached_property
     def is_causal(self) -> bool:
         """Whether the first latent stands for one frame in time as well (0.9.5 and later)."""
-        config = json.loads((self.folder / "vae" / "config.json").read_text())
-        return "LTXVideo095DownBlock3D" in (config.get("down_block_types") or ())
+        return "LTXVideo095DownBlock3D" in (self.config("vae").get("down_block_types") or ())
 
     @property
     def max_text_tokens(self) -> int:
         return 256 if self.is_causal else 128
 
+    @property
+    def latent_channels(self) -> int:
+        return int(self.config("transformer").get("in_channels", 128))
+
     def defaults(self, method: str) -> dict[str, Any]:
         return {
+            "model.task": self.task,
             "data.buckets": ["49x512x768"],
+            # Half with the first frame, half without: one model for both, as Lightricks' trainer does it.
+            "data.conditions": {"first": 0.5} if self.task == IMAGE_TO_VIDEO else {},
             "method.target_modules": TARGETS,
-            "objective.timestep_sampling": "shifted_logit_normal",
+            **{f"objective.{key}": value for key, value in self.laws["all"].items()},
             "optimizer.lr": 2e-4 if method == "lora" else 1e-5,
             "validation.guidance_scale": GUIDANCE_SCALE,
         }
 
-    def check_bucket(self, bucket: Bucket) -> str | None:
-        frames_fit = bucket.num_frames % FRAMES == 1
-        if frames_fit and bucket.height % SPACE == 0 and bucket.width % SPACE == 0:
+    def check_options(self) -> str | None:
+        rope = self.options.rope_temporal
+        if rope is None or rope.method == "interpolate":
             return None
-        frames = bucket.num_frames if frames_fit else max(round((bucket.num_frames - 1) / FRAMES), 0) * FRAMES + 1
-        height, width = (max(round(size / SPACE), 1) * SPACE for size in (bucket.height, bucket.width))
-        return (
-            f"LTX-Video takes 8k+1 frames (1, 9, 17, 25, ...) and a height and width that are multiples of 32; "
-            f"the nearest is {Bucket(frames, height, width)}"
-        )
+        return f"model.rope_temporal.method {rope.method} is not for LTX-Video, whose positions are seconds"
+
+    def check_bucket(self, bucket: Bucket) -> str | None:
+        return refuse_bucket(bucket, frames=FRAMES, space=SPACE, name="LTX-Video")
 
     def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
-        """Frames, height and width of the latents."""
         return (bucket.num_frames - 1) // FRAMES + 1, bucket.height // SPACE, bucket.width // SPACE
 
     def num_tokens(self, bucket: Bucket) -> int:
         frames, height, width = self.latent_shape(bucket)
         return frames * height * width
 
-    def build_transformer(self) -> torch.nn.Module:
-        from diffusers import LTXVideoTransformer3DModel
+    def build_transformers(self) -> dict[str, torch.nn.Module]:
+        return {"transformer": build_network("LTXVideoTransformer3DModel", self.folder, "transformer")}
 
-        config = LTXVideoTransformer3DModel.load_config(self.folder / "transformer")
-        return LTXVideoTransformer3DModel.from_config(config)
+    def load_transformers(self, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+        return {"transformer": load_network("LTXVideoTransformer3DModel", self.folder, "transformer", dtype)}
 
-    def load_transformer(self, dtype: torch.dtype) -> torch.nn.Module:
-        from diffusers import LTXVideoTransformer3DModel
-
-        return LTXVideoTransformer3DModel.from_pretrained(
-            self.folder, subfolder="transformer", dtype=dtype, use_safetensors=True
-        )
-
-    def load_video_encoder(self, device: torch.device, dtype: torch.dtype) -> Any:
-        from diffusers import AutoencoderKLLTXVideo
-
-        vae = AutoencoderKLLTXVideo.from_pretrained(self.folder, subfolder="vae", dtype=dtype, use_safetensors=True)
+    def load_video_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        vae = load_network("AutoencoderKLLTXVideo", self.folder, "vae", dtype)
         vae.requires_grad_(False).eval().to(device)
         if self.vae_tiling:
             vae.enable_tiling()
             # Encoding looks at the flag for decoding (diffusers 0.42), so both are set.
             vae.use_framewise_encoding = vae.use_framewise_decoding = True
-        return vae
-
-    def load_text_encoder(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        from transformers import AutoTokenizer, T5EncoderModel
-
-        encoder = T5EncoderModel.from_pretrained(
-            self.folder, subfolder="text_encoder", dtype=dtype, use_safetensors=True
-        )
-        encoder.requires_grad_(False).eval().to(device)
-        return {"text_encoder": encoder, "tokenizer": AutoTokenizer.from_pretrained(self.folder / "tokenizer")}
+        return {"vae": vae}
 
     @torch.no_grad()
-    def encode_video(self, vae: Any, video_FCHW: Tensor) -> dict[str, Tensor]:
-        pixels = video_FCHW.to(vae.device).permute(1, 0, 2, 3)[None].to(vae.dtype) / 127.5 - 1
-        posterior = vae.encode(pixels).latent_dist
+    def encode_video(self, encoders: Mapping[str, Any], video_FCHW: Tensor) -> dict[str, Tensor]:
+        vae = encoders["vae"]
+        posterior = vae.encode(to_pixels(video_FCHW, vae)).latent_dist
         return {
             "mean": posterior.mean[0],
             "logvar": posterior.logvar[0],
@@ -120,90 +124,172 @@ class LTXVideo(Family):
             "scale": vae.config.scaling_factor / vae.latents_std.float(),
         }
 
-    @torch.no_grad()
-    def encode_text(self, encoders: dict[str, Any], captions: Sequence[str]) -> list[dict[str, Tensor]]:
-        tokens = encoders["tokenizer"](
-            list(captions),
-            padding="max_length",
-            max_length=self.max_text_tokens,
-            truncation=True,
-            add_special_tokens=True,
-            return_tensors="pt",
-        )
-        encoder = encoders["text_encoder"]
-        # LTXPipeline lets the encoder attend to the padding, LTXConditionPipeline does not; each model learned its own.
-        mask = {"attention_mask": tokens.attention_mask.to(encoder.device)} if self.is_causal else {}
-        embeds_BLD = encoder(tokens.input_ids.to(encoder.device), **mask)[0]
-        masks_BL = tokens.attention_mask.bool()
-        return [
-            {"prompt_embeds": embeds, "prompt_attention_mask": mask}
-            for embeds, mask in zip(embeds_BLD, masks_BL, strict=True)
-        ]
+    def check_condition(self, condition: Condition, bucket: Bucket) -> str | None:
+        if condition.is_none:
+            return None
+        if self.task == TEXT_TO_VIDEO:
+            return "frames are given in image-to-video; set model.task to it"
+        if not self.is_causal and condition != Condition(1):
+            return "LTX-Video before 0.9.5 is given the first frame or none"
+        if condition.num_first % FRAMES != 1:
+            return f"LTX-Video is given 8k+1 frames (1, 9, 17, ...) of a clip's beginning, not {condition.num_first}"
+        if condition.num_first + condition.num_last >= bucket.num_frames:
+            return f"a clip of {bucket.num_frames} frames has nothing left to learn"
+        return None
 
-    def count_text_tokens(self, encoders: dict[str, Any], captions: Sequence[str]) -> tuple[list[int], int]:
-        # verbose=False: transformers would warn of indexing errors, though nothing longer is given to the encoder.
-        tokens = encoders["tokenizer"](list(captions), verbose=False)
-        return [len(ids) for ids in tokens.input_ids], self.max_text_tokens
+    def needs_encoding(self, condition: Condition) -> bool:
+        # The VAE is causal: what it makes of a clip's beginning is the beginning of what it makes of the clip.
+        return condition.num_last > 0
+
+    def encode_condition(
+        self, encoders: Mapping[str, Any], video_FCHW: Tensor, condition: Condition, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        return self.encode_video(encoders, video_FCHW[-1:])
+
+    def blank_condition(self, bucket: Bucket, condition: Condition) -> dict[str, Tensor]:
+        if not condition.num_last:
+            return {}
+        channels = self.latent_channels
+        moments = torch.zeros(channels, 1, *self.latent_shape(bucket)[1:])
+        return {"mean": moments, "logvar": moments, "shift": torch.zeros(channels), "scale": torch.ones(channels)}
+
+    def given(
+        self,
+        condition: Condition,
+        latents_CFHW: Tensor,
+        encoded: Mapping[str, Tensor],
+        generator: torch.Generator | None,
+    ) -> dict[str, Tensor]:
+        if condition.is_none:
+            return {}
+        num_first = (condition.num_first - 1) // FRAMES + 1
+        frames = torch.arange(latents_CFHW.shape[1], device=latents_CFHW.device) < num_first
+        last = {"last": draw_latents(encoded, generator)} if condition.num_last else {}
+        return {"frames": frames, "latents": latents_CFHW, **last}
+
+    def load_tokenizers(self) -> dict[str, Any]:
+        return {"tokenizer": load_tokenizer(self.folder)}
+
+    def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        return {"text_encoder": load_encoder("T5EncoderModel", self.folder, "text_encoder", device, dtype)}
+
+    def tokenize(
+        self, tokenizers: Mapping[str, Any], captions: Sequence[str], images: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        return pad_tokens(tokenizers["tokenizer"], captions, self.max_text_tokens)
+
+    def embed(self, encoders: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        encoder = encoders["text_encoder"]
+        mask = tokens["attention_mask"].to(encoder.device)
+        # LTXPipeline lets the encoder attend to the padding, LTXConditionPipeline does not; each model learned its own.
+        attention = {"attention_mask": mask} if self.is_causal else {}
+        embeds = encoder(tokens["input_ids"].to(encoder.device), **attention)[0]
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask.bool()}
+
+    def count_tokens(self, tokenizers: Mapping[str, Any], captions: Sequence[str]) -> list[TokenCount]:
+        return count_tokens(tokenizers["tokenizer"], captions, self.max_text_tokens)
+
+    def blank_text(self) -> dict[str, Tensor]:
+        size = self.config("text_encoder")["d_model"]
+        mask = torch.ones(self.max_text_tokens, dtype=torch.bool)
+        return {"prompt_embeds": torch.zeros(self.max_text_tokens, size), "prompt_attention_mask": mask}
 
     def predict(
         self,
-        transformer: Any,
+        transformers: Mapping[str, Any],
         latents_BCFHW: Tensor,
         timestep_B: Tensor,
         *,
-        text: dict[str, Tensor],
+        text: Mapping[str, Tensor],
+        given: Mapping[str, Tensor],
         fps: Sequence[float],
     ) -> Tensor:
+        transformer = transformers["transformer"]
         frames, height, width = latents_BCFHW.shape[2:]
-        packed_BSC = latents_BCFHW.flatten(2).transpose(1, 2).to(transformer.dtype)
-        if self.is_causal:
-            timestep_B = timestep_B[:, None]
-            positions: dict[str, Any] = {
-                "video_coords": _causal_coordinates(frames, height, width, fps, latents_BCFHW.device)
-            }
-        else:
-            positions = {"num_frames": frames, "height": height, "width": width}
-            positions["rope_interpolation_scale"] = (_seconds(fps, latents_BCFHW.device), SPACE, SPACE)
+        packed_BSC = _pack(put_given(latents_BCFHW, given))
+        timestep = timestep_B[:, None] if self.is_causal else timestep_B
+        if "frames" in given:
+            timestep = timestep_B[:, None] * ~given["frames"].repeat_interleave(height * width, dim=1)
+        if "last" in given:
+            last_BSC = _pack(given["last"])
+            packed_BSC = torch.cat([last_BSC, packed_BSC], dim=1)
+            timestep = torch.cat([timestep.new_zeros(last_BSC.shape[:2]), timestep], dim=1)
         answer_BSC = transformer(
-            hidden_states=packed_BSC,
+            hidden_states=packed_BSC.to(transformer.dtype),
             encoder_hidden_states=text["prompt_embeds"].to(transformer.dtype),
-            timestep=timestep_B,
+            timestep=timestep,
             encoder_attention_mask=text["prompt_attention_mask"],
             return_dict=False,
-            **positions,
+            **self._positions((frames, height, width), tuple(map(self._told, fps)), given, packed_BSC.device),
         )[0]
+        answer_BSC = answer_BSC[:, answer_BSC.shape[1] - frames * height * width :]
         return answer_BSC.float().transpose(1, 2).unflatten(2, (frames, height, width))
 
+    def _told(self, fps: float) -> float:
+        """Frame rate that the model is told: as its positions are seconds, interpolation in time is a faster clip."""
+        rope = self.options.rope_temporal
+        return fps if rope is None else fps * max((rope.frames - 1) / (LONGEST - 1), 1.0)
+
+    def _positions(
+        self, shape: tuple[int, int, int], fps: tuple[float, ...], given: Mapping[str, Tensor], device: torch.device
+    ) -> dict[str, Any]:
+        """Where the tokens lie in time and space, as the version's own pipeline says it."""
+        frames, height, width = shape
+        if not self.is_causal:
+            scale = (_seconds(fps, device), SPACE, SPACE)
+            return {"num_frames": frames, "height": height, "width": width, "rope_interpolation_scale": scale}
+        coordinates = _causal_coordinates(tuple(range(0, FRAMES * frames, FRAMES)), height, width, fps, device)
+        if "last" in given:
+            # A frame by itself, at the moment of the clip's last one.
+            last = _causal_coordinates((FRAMES * frames - 1,), height, width, fps, device)
+            coordinates = torch.cat([last, coordinates], dim=2)
+        return {"video_coords": coordinates}
+
     def pipeline(self, **parts: Any) -> Any:
-        from diffusers import FlowMatchEulerDiscreteScheduler, LTXConditionPipeline, LTXPipeline
+        from diffusers import FlowMatchEulerDiscreteScheduler
 
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
-        kind = LTXConditionPipeline if self.is_causal else LTXPipeline
         given = {name: parts.get(name) for name in ("vae", "text_encoder", "tokenizer", "transformer")}
-        return kind(scheduler=scheduler, **given)
+        return self._pipeline_class()(scheduler=scheduler, **given)
 
     def load_pipeline(self, dtype: torch.dtype) -> Any:
-        from diffusers import LTXConditionPipeline, LTXPipeline
-
-        kind = LTXConditionPipeline if self.is_causal else LTXPipeline
-        pipeline = kind.from_pretrained(self.folder, dtype=dtype, use_safetensors=True)
+        pipeline = self._pipeline_class().from_pretrained(self.folder, dtype=dtype, use_safetensors=True)
         if self.vae_tiling:
             pipeline.vae.enable_tiling()
         return pipeline
 
-    def render(self, pipeline: Any, bucket: Bucket, options: SamplingOptions, **prompt: Any) -> Tensor:
+    def _pipeline_class(self) -> Any:
+        import diffusers
+
+        if self.is_causal:
+            return diffusers.LTXConditionPipeline
+        return diffusers.LTXPipeline if self.task == TEXT_TO_VIDEO else diffusers.LTXImageToVideoPipeline
+
+    def render(
+        self,
+        pipeline: Any,
+        bucket: Bucket,
+        options: SamplingOptions,
+        *,
+        image: Any = None,
+        last_image: Any = None,
+        **prompt: Any,
+    ) -> Tensor:
         if options.num_inference_steps == 1 and pipeline.scheduler.config.get("shift_terminal"):
             raise UserError(
                 "this model needs at least 2 denoising steps: its noise schedule stretches from first to last"
             )
-        guidance = GUIDANCE_SCALE if options.guidance_scale is None else options.guidance_scale
+        if self.is_causal:
+            prompt["conditions"] = _conditions(image, last_image, bucket) or None
+        elif image is not None:
+            prompt["image"] = image
         frames_FCHW = pipeline(
             height=bucket.height,
             width=bucket.width,
             num_frames=bucket.num_frames,
-            frame_rate=options.fps,
+            frame_rate=self._told(options.fps),
             num_inference_steps=options.num_inference_steps,
-            guidance_scale=guidance,
+            guidance_scale=GUIDANCE_SCALE if options.guidance_scale is None else options.guidance_scale,
             # 0.9.1 and later decode with a little noise; 0.9.0 ignores both.
             decode_timestep=0.05,
             decode_noise_scale=0.025,
@@ -212,11 +298,26 @@ class LTXVideo(Family):
             output_type="pt",
             **prompt,
         ).frames[0]
-        return (frames_FCHW.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        return frames_out(frames_FCHW)
 
-    def prompt_arguments(self, text: dict[str, Tensor], negative: dict[str, Tensor]) -> dict[str, Tensor]:
-        batched = {name: tensor[None] for name, tensor in text.items()}
-        return batched | {f"negative_{name}": tensor[None] for name, tensor in negative.items()}
+    def prompt_arguments(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return batched(text, negative)
+
+
+def _pack(latents_BCFHW: Tensor) -> Tensor:
+    """Latents as a sequence of tokens, [B, S, C]."""
+    return latents_BCFHW.flatten(2).transpose(1, 2)
+
+
+def _conditions(image: Any, last_image: Any, bucket: Bucket) -> list[Any]:
+    """Given frames as LTXConditionPipeline takes them."""
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+
+    first = {"video": image} if isinstance(image, list) else {"image": image}
+    found = [] if image is None else [LTXVideoCondition(**first, frame_index=0)]
+    if last_image is not None:
+        found.append(LTXVideoCondition(image=last_image, frame_index=bucket.num_frames - 1))
+    return found
 
 
 def _seconds(fps: Sequence[float], device: torch.device) -> float | Tensor:
@@ -226,10 +327,14 @@ def _seconds(fps: Sequence[float], device: torch.device) -> float | Tensor:
     return torch.tensor([FRAMES / rate for rate in fps], device=device).view(-1, 1, 1, 1, 1)
 
 
-def _causal_coordinates(frames: int, height: int, width: int, fps: Sequence[float], device: torch.device) -> Tensor:
-    """Start of each latent in seconds and pixels, [B, 3, S]: latent f begins at pixel frame max(8f - 7, 0)."""
+@lru_cache(maxsize=64)
+def _causal_coordinates(
+    ends: tuple[int, ...], height: int, width: int, fps: tuple[float, ...], device: torch.device
+) -> Tensor:
+    """Start of each latent in seconds and pixels, [B, 3, S]; kept, because every step of a bucket asks for the same. A
+    latent that ends at pixel frame e begins 7 frames before it, the first one at 0."""
     axes = (
-        (torch.arange(frames, device=device) * FRAMES + 1 - FRAMES).clamp(min=0),
+        (torch.tensor(ends, device=device) + 1 - FRAMES).clamp(min=0),
         torch.arange(height, device=device) * SPACE,
         torch.arange(width, device=device) * SPACE,
     )

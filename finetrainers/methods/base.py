@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetrainers.families.base import Family
-from finetrainers.objectives import FlowMatching
+from finetrainers.objectives import Objective
 from finetrainers.types import Batch
+
+# Shape suffixes: B batch, C channels, F latent frames, H, W latent height and width.
 
 
 class Method(ABC):
-    """Family meets objective. Built on one family, one objective and the options of `method`."""
+    """Family meets objective. Built on one family, one objective and the options of `method`.
+
+    What is trained goes by the names of the model's folders: `transformer`, and where there are more, `transformer_2`
+    and `text_encoder`.
+    """
 
     name: ClassVar[str]
 
-    def __init__(self, family: Family, objective: FlowMatching, options: Any, *, dtype: torch.dtype) -> None:
+    def __init__(self, family: Family, objective: Objective, options: Any, *, dtype: torch.dtype) -> None:
         self.family = family
         self.objective = objective
         self.options = options
@@ -28,30 +35,58 @@ class Method(ABC):
         """Arithmetic of the transformer."""
 
     @property
+    def trains_text_encoder(self) -> bool:
+        """Whether captions are embedded in every step, by a text encoder that learns, rather than once."""
+        return False
+
+    @property
     @abstractmethod
     def weights_dtype(self) -> torch.dtype:
-        """The type in which the transformer's weights are loaded."""
+        """The type in which the weights are loaded."""
 
     @abstractmethod
-    def attach(self, transformer: torch.nn.Module, seed: int) -> dict[str, torch.nn.Parameter]:
-        """Prepare the transformer and return the parameters that move, fp32, by name. `seed` fixes what is drawn.
+    def attach(self, models: Mapping[str, nn.Module], seed: int) -> dict[str, nn.Parameter]:
+        """Prepare the models and return the parameters that move, fp32, by name. `seed` fixes what is drawn.
 
         Raises UserError when the options do not fit the model.
         """
 
     @abstractmethod
-    def save(self, transformer: torch.nn.Module, folder: Path) -> None:
+    def save(self, models: Mapping[str, nn.Module], folder: Path) -> None:
         """Write the weights that a user takes away into a folder, in diffusers' format."""
+
+    def load(self, device: torch.device) -> dict[str, nn.Module]:
+        """The models that take part in training, with their weights, not yet on the device but for text encoders."""
+        models: dict[str, nn.Module] = dict(self.family.load_transformers(self.weights_dtype))
+        if self.trains_text_encoder:
+            models |= self.family.load_text_encoders(device, self.weights_dtype)
+        return models
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The context in which forward passes run."""
         return nullcontext()
 
-    def loss(self, transformer: torch.nn.Module, batch: Batch) -> Tensor:
-        """Loss of each sample [B], fp32: the mean squared error over all tokens and channels of its latents."""
-        noised = self.objective.noise(batch.latents_BCFHW, batch.noise_BCFHW, batch.sigma_B)
+    def embed(self, models: Mapping[str, nn.Module], text: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A batch's text as the transformer takes it: what the cache held, or its tokens embedded now."""
+        return self.family.embed(models, text) if self.trains_text_encoder else text
+
+    def loss(self, models: Mapping[str, nn.Module], batch: Batch) -> Tensor:
+        """Loss of each sample [B], fp32: the mean squared error over the channels and tokens of its latents, less those
+        that were given, times the objective's weight."""
+        noised = self.objective.noise(batch.latents_BCFHW, batch.noise_BCFHW, batch.level_B)
         with self.autocast(noised.input_BCFHW.device):
             prediction_BCFHW = self.family.predict(
-                transformer, noised.input_BCFHW, noised.timestep_B, text=batch.text, fps=batch.fps
+                models,
+                noised.input_BCFHW,
+                noised.timestep_B,
+                text=self.embed(models, batch.text),
+                given=batch.given,
+                fps=batch.fps,
             )
-        return (prediction_BCFHW - noised.target_BCFHW).square().flatten(1).mean(1)
+        error_BCFHW = (prediction_BCFHW - noised.target_BCFHW).square()
+        if "frames" in batch.given:
+            learned_BF = (~batch.given["frames"]).float()
+            loss_B = (error_BCFHW.mean((1, 3, 4)) * learned_BF).sum(1) / learned_BF.sum(1)
+        else:
+            loss_B = error_BCFHW.flatten(1).mean(1)
+        return loss_B if noised.weight_B is None else loss_B * noised.weight_B

@@ -11,10 +11,10 @@ import torch
 from finetrainers import methods
 from finetrainers.families.base import Family
 from finetrainers.methods.base import Method
-from finetrainers.objectives import FlowMatching
+from finetrainers.objectives import Objective
 
 
-def find_method(options: Any, family: Family, objective: FlowMatching, *, dtype: torch.dtype) -> Method:
+def find_method(options: Any, family: Family, objective: Objective, *, dtype: torch.dtype) -> Method:
     """The method that `options.name` names, built on a family and an objective. The schema admits only known names."""
     for module in pkgutil.iter_modules(methods.__path__):
         importlib.import_module(f"{methods.__name__}.{module.name}")

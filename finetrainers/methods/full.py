@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,16 @@ class Full(Method):
     def weights_dtype(self) -> torch.dtype:
         return torch.float32
 
-    def attach(self, transformer: nn.Module, seed: int) -> dict[str, nn.Parameter]:
-        transformer.requires_grad_(True)
-        return dict(transformer.named_parameters())
+    def attach(self, models: Mapping[str, nn.Module], seed: int) -> dict[str, nn.Parameter]:
+        trained: dict[str, nn.Parameter] = {}
+        for part, model in models.items():
+            model.requires_grad_(True)
+            trained |= {f"{part}.{name}": parameter for name, parameter in model.named_parameters()}
+        return trained
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def save(self, transformer: nn.Module, folder: Path) -> None:
-        write_transformer(folder, transformer.state_dict(), transformer, self.dtype)
+    def save(self, models: Mapping[str, nn.Module], folder: Path) -> None:
+        for part, model in models.items():
+            write_transformer(folder / part, model.state_dict(), model, self.dtype, notes=self.family.notes())

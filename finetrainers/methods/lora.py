@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from finetrainers.errors import UserError
 from finetrainers.methods.base import Method
-from finetrainers.weights import write_lora
+from finetrainers.weights import write_loras
 
 
 class CastingLinear(nn.Linear):
@@ -37,11 +38,32 @@ class Lora(Method):
     def alpha(self) -> float:
         return self.options.rank if self.options.alpha is None else self.options.alpha
 
-    def attach(self, transformer: Any, seed: int) -> dict[str, nn.Parameter]:
+    @property
+    def trains_text_encoder(self) -> bool:
+        return bool(self.options.text_encoder == "lora")
+
+    def attach(self, models: Mapping[str, Any], seed: int) -> dict[str, nn.Parameter]:
+        trained: dict[str, nn.Parameter] = {}
+        for part, model in models.items():
+            model.requires_grad_(False)
+            if targets := self._targets(part, model):
+                self._add_adapters(model, targets, seed)
+            trained |= {f"{part}.{name}": weight for name, weight in model.named_parameters() if weight.requires_grad}
+        for parameter in trained.values():
+            parameter.data = parameter.data.float()
+        return trained
+
+    def _targets(self, part: str, model: nn.Module) -> list[str]:
+        """Whole paths of the layers of one model that get adapters, so that the file says exactly what was trained."""
+        if part.startswith("transformer"):
+            return self._matched_targets(model)
+        # A second text encoder that only gives a summary of the prompt stays as it is.
+        matches = re.compile(self.family.text_encoder_targets).fullmatch
+        return [name for name, _ in model.named_modules() if part == "text_encoder" and matches(name)]
+
+    def _add_adapters(self, model: Any, targets: list[str], seed: int) -> None:
         from peft import LoraConfig
 
-        targets = self._matched_targets(transformer)
-        transformer.requires_grad_(False)
         config = LoraConfig(
             r=self.options.rank,
             lora_alpha=self.alpha,
@@ -51,17 +73,13 @@ class Lora(Method):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            transformer.add_adapter(config)
-        for module in transformer.modules():
+            model.add_adapter(config)
+        for module in model.modules():
             if hasattr(module, "lora_A"):
                 _compute_in_input_dtype(module)
-        trained = {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-        for parameter in trained.values():
-            parameter.data = parameter.data.float()
-        return trained
 
     def _matched_targets(self, transformer: nn.Module) -> list[str]:
-        """Whole paths of the linear layers that the option names, so that the file says exactly what was trained."""
+        """The linear layers that the option names."""
         targets = self.options.target_modules
         try:
             matches = (
@@ -80,11 +98,17 @@ class Lora(Method):
             )
         return found
 
-    def save(self, transformer: Any, folder: Path) -> None:
+    def save(self, models: Mapping[str, Any], folder: Path) -> None:
         from peft import get_peft_model_state_dict
 
-        adapters = {name: tensor.detach() for name, tensor in get_peft_model_state_dict(transformer).items()}
-        write_lora(folder, adapters, transformer.peft_config["default"].to_dict())
+        adapters = {}
+        for part, model in models.items():
+            if config := getattr(model, "peft_config", None):
+                # Left to itself, peft asks the hub whether the vocabulary of a text encoder was resized.
+                weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+                weights = {name: tensor.detach() for name, tensor in weights.items()}
+                adapters[part] = (weights, config["default"].to_dict())
+        write_loras(folder, adapters, notes=self.family.notes())
 
 
 def _compute_in_input_dtype(layer: Any) -> None:

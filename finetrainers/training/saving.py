@@ -32,7 +32,7 @@ class WeightsSaver(Callback):
     def _save(self, trainer: Trainer) -> None:
         step = trainer.state.step
         temporary = self.folder.begin(step)
-        trainer.method.save(trainer.transformer, temporary)
+        trainer.method.save(trainer.models, temporary)
         self.write_card(temporary, step)
         self.folder.finish(temporary, step)
         self._saved_step = step

@@ -24,7 +24,8 @@ class Trainer:
     """Everything that a run is made of, put together; `fit` runs it to its end or to the first request to stop."""
 
     method: Method
-    transformer: torch.nn.Module
+    models: dict[str, torch.nn.Module]
+    """What takes part in training, by name, on the device."""
     trained: dict[str, torch.nn.Parameter]
     batches: BatchStream
     optimizer: torch.optim.Optimizer
@@ -53,7 +54,7 @@ class Trainer:
         try:
             for callback in self.callbacks:
                 callback.on_start(self)
-            self.transformer.train()
+            self.set_training(True)
             while self.state.step < self.steps and not self.stop_requested():
                 outcome = self.step(stream)
                 for callback in self.callbacks:
@@ -96,7 +97,13 @@ class Trainer:
             num_tokens=sum(batch.num_tokens for _, batch in drawn),
         )
 
+    def set_training(self, training: bool) -> None:
+        """Switch what is random in a forward pass, such as dropout, on or off."""
+        for name, model in self.models.items():
+            # A text encoder's own dropout was for its pretraining; it stays off.
+            model.train(training and name.startswith("transformer"))
+
     def loss(self, batch: Batch) -> Tensor:
         """Loss of each sample of a batch [B], on the device."""
         batch = map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
-        return self.method.loss(self.transformer, batch)
+        return self.method.loss(self.models, batch)

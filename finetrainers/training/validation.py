@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 
 from finetrainers.data.batch import BatchDrawer
 from finetrainers.data.cache import Cache
+from finetrainers.data.clip import read_clip
+from finetrainers.data.scan import Item
 from finetrainers.data.video import write_video
 from finetrainers.families.base import Family, SamplingOptions
 from finetrainers.folder import RunFolder, slug, step_name, write_atomically
@@ -19,7 +23,7 @@ from finetrainers.training.callback import Callback
 from finetrainers.training.metrics import MetricsFile
 from finetrainers.training.state import StepOutcome
 from finetrainers.training.trainer import Trainer
-from finetrainers.types import Bucket
+from finetrainers.types import Bucket, Condition
 
 logger = logging.getLogger(__name__)
 
@@ -30,56 +34,84 @@ class HeldOutLoss:
 
     drawer: BatchDrawer
     num_levels: int
+    noise_range: tuple[float, float]
 
     @property
-    def sigmas(self) -> list[float]:
-        """Noise levels in the middle of equal shares of (0, 1)."""
-        return [(level + 0.5) / self.num_levels for level in range(self.num_levels)]
+    def levels(self) -> list[float]:
+        """Noise levels in the middle of equal shares of the range that is trained."""
+        low, high = self.noise_range
+        return [low + (high - low) * (level + 0.5) / self.num_levels for level in range(self.num_levels)]
 
     def measure(self, trainer: Trainer) -> float:
-        """The mean, with the transformer as it is now. Each noise level is a pass of its own, to need no more memory
-        than a step of batch size 1."""
+        """The mean, with the models as they are now. Each noise level is a pass of its own, to need no more memory than
+        a step of batch size 1."""
         losses = [
-            trainer.loss(self.drawer.fixed(index, sigma))
+            trainer.loss(self.drawer.fixed(index, level))
             for index in range(len(self.drawer.samples))
-            for sigma in self.sigmas
+            for level in self.levels
         ]
         return torch.cat(losses).double().mean().item()
 
 
 @dataclass(frozen=True)
+class Scene:
+    """What one sample video is made from."""
+
+    prompt: str
+    text_key: str
+    negative_key: str
+    item: Item | None
+    """The clip or image whose frames are given, at the video's height and width; None for text alone."""
+
+
+@dataclass(frozen=True)
 class SampleVideos:
-    """Renders prompts through the diffusers pipeline, around the transformer that is being trained."""
+    """Renders scenes through the diffusers pipeline, around the models that are being trained."""
 
     family: Family
     cache: Cache
     folder: RunFolder
-    prompts: Sequence[str]
-    text_keys: Sequence[str]
-    negative_key: str
+    scenes: Sequence[Scene]
+    condition: Condition
+    """Which frames of a scene's item are given."""
     bucket: Bucket
     options: SamplingOptions
     dtype: torch.dtype
 
     def render(self, trainer: Trainer) -> dict[str, Path]:
-        """One mp4 a prompt under `samples/step-N`; returns their paths by prompt."""
+        """One mp4 a scene under `samples/step-N`; returns their paths by prompt."""
         folder = self.folder.samples / step_name(trainer.state.step)
-        vae = self.family.load_video_encoder(trainer.device, self.dtype)
-        pipeline = self.family.pipeline(transformer=trainer.transformer, vae=vae)
+        encoders = self.family.load_video_encoders(trainer.device, self.dtype)
+        transformers = {name: model for name, model in trainer.models.items() if name.startswith("transformer")}
+        pipeline = self.family.pipeline(**transformers, **encoders)
         pipeline.set_progress_bar_config(disable=True)
-        negative = self._text(self.negative_key, trainer.device)
         videos = {}
-        for number, (prompt, key) in enumerate(zip(self.prompts, self.text_keys, strict=True)):
-            arguments = self.family.prompt_arguments(self._text(key, trainer.device), negative)
+        for number, scene in enumerate(self.scenes):
             with trainer.method.autocast(trainer.device):
-                video_FHWC = self.family.render(pipeline, self.bucket, self.options, **arguments)
-            videos[prompt] = folder / f"{number:02d}-{slug(prompt)}.mp4"
-            write_video(videos[prompt], video_FHWC.numpy(), self.options.fps)
+                text = self._text(trainer, scene.text_key)
+                prompt = self.family.prompt_arguments(text, self._text(trainer, scene.negative_key))
+                video_FHWC = self.family.render(
+                    pipeline, self.bucket, self.options, **given_images(scene.item, self.condition), **prompt
+                )
+            name = scene.prompt if scene.prompt not in videos else f"{scene.prompt} ({number})"
+            videos[name] = folder / f"{number:02d}-{slug(scene.prompt)}.mp4"
+            write_video(videos[name], video_FHWC.numpy(), self.options.fps)
         write_atomically(folder / "prompts.json", json.dumps({path.name: prompt for prompt, path in videos.items()}))
         return videos
 
-    def _text(self, key: str, device: torch.device) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(device) for name, tensor in self.cache.read("texts", key).items()}
+    def _text(self, trainer: Trainer, key: str) -> Mapping[str, torch.Tensor]:
+        entry = {name: tensor[None].to(trainer.device) for name, tensor in self.cache.read("texts", key).items()}
+        return trainer.method.embed(trainer.models, entry)
+
+
+def given_images(item: Item | None, condition: Condition) -> dict[str, Any]:
+    """The frames that a condition gives of an item, as `Family.render` takes them."""
+    if item is None or condition.is_none:
+        return {}
+    frames = read_clip(item.record, item.media, item.window, item.bucket).video_FCHW.permute(0, 2, 3, 1).numpy()
+    first = [Image.fromarray(frame) for frame in frames[: condition.num_first]]
+    images: dict[str, Any] = {"image": first[0] if len(first) == 1 else first}
+    return images | ({"last_image": Image.fromarray(frames[-1])} if condition.num_last else {})
 
 
 class Validation(Callback):
@@ -111,7 +143,7 @@ class Validation(Callback):
         return measured and rendered and step > 0
 
     def _validate(self, trainer: Trainer) -> None:
-        trainer.transformer.eval()
+        trainer.set_training(False)
         metrics, videos = {}, {}
         with torch.no_grad():
             if self.held_out is not None:
@@ -119,6 +151,6 @@ class Validation(Callback):
                 logger.info("step %d: validation loss %.5f", trainer.state.step, metrics["validation_loss"])
             if self.videos is not None:
                 videos = self.videos.render(trainer)
-        trainer.transformer.train()
+        trainer.set_training(True)
         for callback in trainer.callbacks:
             callback.on_validation(trainer, metrics, videos)

@@ -114,10 +114,9 @@ def test_several_buckets_and_clips_that_are_left_out(call, config, clips, tmp_pa
     given = [f"data.train={folder}", "data.buckets=[9x64x96, 1x64x96]"]
     answer = call("plan", config, "--json", *given)
     plan = json.loads(answer.out)
-    assert plan["buckets"] == [
-        {"bucket": "9x64x96", "clips": 7, "tokens": 12},
-        {"bucket": "1x64x96", "clips": 1, "tokens": 6},
-    ]
+    rows = [(bucket["bucket"], bucket["clips"], bucket["tokens"]) for bucket in plan["buckets"]]
+    assert rows == [("9x64x96", 7, 12), ("1x64x96", 1, 6)]
+    assert plan["buckets"][0]["forward_tflop"] > plan["buckets"][1]["forward_tflop"] > 0
     assert plan["batches_per_epoch"] == 4 + 1
     assert plan["left_out"] == [{"name": "zero.mp4", "reason": "is empty (0 bytes)"}]
     text = call("plan", config, *given).out
@@ -139,10 +138,30 @@ def test_the_text_says_what_the_json_says(call, config):
     assert answer.out.splitlines() == [
         f"ltx, lora: trains {plan['trained_parameters']:,} parameters "
         f"({plan['trained_parameters'] / plan['parameters']:.1%} of all)",
-        "  9x64x96: 7 samples of 12 tokens",
+        f"  9x64x96: 7 samples of 12 tokens, {plan['buckets'][0]['training_tflop']:.3g} TFLOP each",
         "samples: 7 to train on, 0 held out",
         "steps: 30, which is 7.5 epochs of 4 batches",
     ]
+
+
+def flop_of(call, config, *overrides: str) -> tuple[float, float]:
+    (bucket,) = json.loads(call("plan", config, "--json", *overrides).out)["buckets"]
+    return bucket["forward_tflop"], bucket["training_tflop"]
+
+
+def test_the_work_of_a_step_is_that_of_the_run(call, config):
+    """Computing activations again is more work than keeping them, more rank too; a larger clip is more of all."""
+    kept, again, ranked, larger = (
+        flop_of(call, config, *overrides)
+        for overrides in (
+            ["training.gradient_checkpointing=false"],
+            ["training.gradient_checkpointing=true"],
+            ["training.gradient_checkpointing=false", "method.rank=8"],
+            ["training.gradient_checkpointing=false", "data.buckets=[17x64x96]"],
+        )
+    )
+    assert kept[0] == again[0] and kept[0] < kept[1] < again[1] <= kept[1] + kept[0]
+    assert all(more > less for others in (ranked, larger) for more, less in zip(others, kept, strict=True))
 
 
 def test_no_weights_are_read_and_none_are_written(call, config, model, tmp_path):
@@ -172,6 +191,10 @@ WRONG = [
     (["method.target_modules='['"], ["not a regular expression"]),
     (["data.train=nowhere"], ["nowhere"]),
     (["model.task=dance"], ["'dance'", "text-to-video"]),
+    (["model.experts=both"], ["model.experts is no option of ltx", "wan"]),
+    (["data.conditions=first"], ["data.conditions first with data.buckets 9x64x96", "set model.task"]),
+    (["model.task=image-to-video", "data.conditions=prefix-9"], ["data.conditions prefix-9", "first frame or none"]),
+    (["objective.loss_weighting=min_snr"], ["min_snr is for models that predict v"]),
 ]
 
 

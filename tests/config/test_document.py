@@ -29,4 +29,7 @@ def test_types_and_defaults_are_spelt_as_yaml_spells_them():
     assert "| `checkpoint.keep` † | whole number ≥ 1 or `null` | `3` |" in reference
     assert "| `data.strict` † | true or false | `false` |" in reference
     assert "| `model.path` | text | **must be given** |" in reference
+    assert "| `data.conditions` | mapping of text to number ≥ 0, ≤ 1 or `null` | `null` |" in reference
+    keys = "`method` (`interpolate`, `ntk`, `riflex`) and `frames` (whole number ≥ 1, ≤ 100000)"
+    assert f"| `model.rope_temporal` | mapping with {keys} or `null` | `null` |" in reference
     assert "| `training.precision` | `bf16`, `fp32` | `bf16` |" in reference

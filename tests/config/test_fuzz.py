@@ -15,8 +15,19 @@ from finetrainers.errors import UserError
 Draw = random.Random
 
 WHOLE = {
-    "model": {"path": "base", "task": "text-to-video", "revision": "main"},
-    "data": {"train": ["clips", {"path": "more"}], "validation": 0.1, "buckets": ["49x512x768"], "trigger": "BW"},
+    "model": {
+        "path": "base",
+        "task": "text-to-video",
+        "revision": "main",
+        "rope_temporal": {"method": "ntk", "frames": 97},
+    },
+    "data": {
+        "train": ["clips", {"path": "more"}],
+        "validation": 0.1,
+        "buckets": ["49x512x768"],
+        "trigger": "BW",
+        "conditions": {"first": 0.5, "prefix-9": 0.1},
+    },
     "method": {"name": "lora", "rank": 8, "alpha": 8, "target_modules": ["to_q"]},
     "optimizer": {"lr": 1e-4, "betas": [0.9, 0.99], "lr_scheduler": "cosine"},
     "training": {"steps": 10, "batch_size": 2, "precision": "fp32"},

@@ -4,9 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from finetrainers.config.load import build_config, dump_config, fill_defaults, identity, load_config, resolved_buckets
+from finetrainers.config.load import (
+    build_config,
+    dump_config,
+    fill_defaults,
+    identity,
+    load_config,
+    resolved_buckets,
+    resolved_conditions,
+)
 from finetrainers.errors import UserError
-from finetrainers.types import Bucket
+from finetrainers.types import Bucket, Condition
 
 # Less data.train.
 REST = "model: {path: x}\noutput: y\n"
@@ -66,7 +74,43 @@ BAD_FILES = {
     "key left out": ("model: {}\ndata: {train: x}\noutput: y", ["`model.path` is missing"]),
     "no clips": (REST + "data: {train: []}", ["`data.train` is []", "at least 1 item"]),
     "source without path": (REST + "data: {train: [a, {}]}", ["`data.train.1.path` is missing"]),
-    "source of the wrong kind": (REST + "data: {train: 5}", ["`data.train` is 5"]),
+    "source of the wrong kind": (REST + "data: {train: 5}", ["`data.train` is 5", "must hold keys such as `path:`"]),
+    "source with a misspelt key": (REST + "data: {train: {pat: x}}", ["did you mean `data.train.path`?"]),
+    "no such task": (MINIMAL.replace("base", "base, task: dance"), ["`model.task` is 'dance'", "'image-to-video'"]),
+    "no such condition": (
+        REST + "data: {train: x, conditions: {last: 0.5}}",
+        ["`data.conditions", "condition 'last' is none of", "first_last", "prefix-N"],
+    ),
+    "condition of no frames": (REST + "data: {train: x, conditions: prefix-0}", ["condition 'prefix-0' is none of"]),
+    "condition by a second name": (
+        REST + "data: {train: x, conditions: {first: 0.5, prefix-1: 0.3}}",
+        ["condition 'prefix-1' is none of", "from 2 up"],
+    ),
+    "condition without a number": (REST + "data: {train: x, conditions: prefix-}", ["'prefix-' is none of"]),
+    "shares over 1": (
+        REST + "data: {train: x, conditions: {first: 0.6, none: 0.5}}",
+        ["`data.conditions` is {'first': 0.6, 'none': 0.5}", "add up to 1 at most"],
+    ),
+    "share that is negative": (REST + "data: {train: x, conditions: {first: -0.1}}", ["-0.1", "or equal to 0"]),
+    "share that is no number": (REST + "data: {train: x, conditions: {first: half}}", ["'half'", "valid number"]),
+    "conditions that are a list": (REST + "data: {train: x, conditions: [first]}", ["['first']", "dictionary"]),
+    "rope of no method": (MINIMAL.replace("base", "base, rope_temporal: {frames: 9}"), ["method` is missing"]),
+    "rope of another method": (
+        MINIMAL.replace("base", "base, rope_temporal: {method: yarn, frames: 9}"),
+        ["`model.rope_temporal.method` is 'yarn'", "'interpolate', 'ntk' or 'riflex'"],
+    ),
+    "rope with a misspelt key": (
+        MINIMAL.replace("base", "base, rope_temporal: {method: ntk, frame: 9}"),
+        ["unknown key `model.rope_temporal.frame` (did you mean `model.rope_temporal.frames`?)"],
+    ),
+    "rope that is a number": (
+        MINIMAL.replace("base", "base, rope_temporal: 9"),
+        ["`model.rope_temporal` is 9", "must hold keys such as `method:`"],
+    ),
+    "family without a module": (MINIMAL.replace("base", "base, family: Mine"), ["`model.family` is 'Mine'", "pattern"]),
+    "family that is a path": (MINIMAL.replace("base", "base, family: a/b.py"), ["`model.family` is 'a/b.py'"]),
+    "mode that turns back": (MINIMAL + "objective: {mode_scale: 1.8}", ["`objective.mode_scale` is 1.8", "1.75"]),
+    "shift of nothing": (MINIMAL + "objective: {shift: 0}", ["`objective.shift` is 0", "greater than 0"]),
     "bucket": (REST + "data: {train: x, buckets: 49x512}", ["`data.buckets` is '49x512'", "49x512x768"]),
     "bucket in a list": (
         REST + "data: {train: x, buckets: [1x32x32, 0x32x32]}",
@@ -194,6 +238,31 @@ def test_buckets_are_spelt_one_way_and_once():
     assert resolved_buckets(config) == [Bucket(49, 512, 768), Bucket(1, 32, 32)]
 
 
+CONDITIONS = [
+    ("first", {"first": 1.0}),
+    ({"first": 0.5}, {"first": 0.5, "none": 0.5}),
+    ({"first": 0.25, "none": 0.25}, {"first": 0.25, "none": 0.75}),
+    ({"none": 0.1, "first_last": 0.2, "prefix-9": 0.7}, {"none": 0.1, "first_last": 0.2, "prefix-9": 0.7}),
+    ({"first": 0, "prefix-17": 1}, {"prefix-17": 1.0}),
+    ({"first": 1 / 3, "first_last": 1 / 3, "none": 1 / 3}, {"first": 1 / 3, "first_last": 1 / 3, "none": 1 / 3}),
+    ({}, {"none": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("conditions", "expected"), CONDITIONS)
+def test_shares_of_conditions_add_up_to_one(tmp_path, conditions, expected):
+    config = build_config(content(data={"train": "x", "conditions": conditions}))
+    resolved = resolved_conditions(config)
+    assert {str(condition): pytest.approx(share) for condition, share in resolved} == expected
+    assert len(resolved) == len(expected) and all(Condition.parse(str(each)) == each for each, _ in resolved)
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize("family", ["mine.Family", "some.package.module.Family_2", "_a._b"])
+def test_a_family_of_ones_own_is_a_dotted_name(family):
+    assert build_config(content(model={"path": "base", "family": family})).model.family == family
+
+
 def test_fill_defaults_never_overrules_the_user():
     config = build_config(content(optimizer={"lr": 0}))
     defaults = {"optimizer.lr": 1e-4, "method.target_modules": ["to_q"], "data.buckets": ["1x32x32"]}
@@ -229,12 +298,16 @@ def test_what_is_dumped_reads_back_equal(tmp_path, sections):
 
 # Every option, with another value than MINIMAL's: does a resumed run have to share it?
 CHANGES_NUMBERS = {
-    "model.path": "other", "model.task": "image-to-video", "model.revision": "main",
+    "model.path": "other", "model.task": "image-to-video", "model.revision": "main", "model.family": "mine.Family",
+    "model.experts": "both", "model.embedded_guidance": 6, "model.learned_positions": "resize",
+    "model.rope_temporal": {"method": "ntk", "frames": 81},
     "data.train": "./other", "data.validation": 0.5, "data.buckets": "9x32x32", "data.fps": 24, "data.window": "all",
-    "data.trigger": "BW", "data.caption_dropout": 0.5,
+    "data.trigger": "BW", "data.caption_dropout": 0.5, "data.conditions": "first",
     "method.name": "full", "method.rank": 8, "method.alpha": 8, "method.target_modules": "q", "method.dropout": 0.1,
+    "method.text_encoder": "lora",
     "objective.timestep_sampling": "uniform", "objective.logit_mean": 1, "objective.logit_std": 2,
-    "objective.uniform_share": 0.5,
+    "objective.uniform_share": 0.5, "objective.shift": 7, "objective.mode_scale": 0.5,
+    "objective.loss_weighting": "min_snr", "objective.snr_gamma": 1,
     "optimizer.name": "adamw_8bit", "optimizer.lr": 1, "optimizer.betas": [0, 0], "optimizer.eps": 1,
     "optimizer.weight_decay": 1, "optimizer.lr_scheduler": "cosine", "optimizer.lr_warmup_steps": 5,
     "training.batch_size": 2, "training.gradient_accumulation_steps": 2, "training.seed": 1,
@@ -246,7 +319,8 @@ CHANGES_NONE = {
     "training.gradient_checkpointing": False, "parallel.strategy": "auto",
     "validation.every": 5, "validation.prompts": "x", "validation.num_videos": 0, "validation.negative_prompt": "x",
     "validation.num_inference_steps": 1, "validation.guidance_scale": 1, "validation.bucket": "9x32x32",
-    "validation.timesteps": 1, "checkpoint.every": 5, "checkpoint.keep": 1, "checkpoint.keep_weights": 1,
+    "validation.timesteps": 1, "validation.images": "x.png", "checkpoint.every": 5, "checkpoint.keep": 1,
+    "checkpoint.keep_weights": 1,
     "tracking.trackers": "wandb", "tracking.project": "x", "tracking.name": "x", "tracking.wandb_mode": "offline",
 }  # fmt: skip
 

@@ -1,23 +1,24 @@
-"""Every sample once an epoch, and draws that depend on seed, epoch and sample alone."""
+"""Every sample once an epoch, and draws that depend on seed, epoch, sample and step alone."""
 
 import math
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, map_tensors
+from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata, map_tensors
 from finetrainers.data.cache import Cache
 from finetrainers.hashing import digest
-from finetrainers.types import Batch, Bucket, Sample
+from finetrainers.types import Batch, Bucket, Condition, Sample
 
 BUCKETS = [Bucket(9, 64, 96), Bucket(17, 64, 64), Bucket(1, 32, 32)]
-EMPTY = digest("empty")
-SIGMA = 0.5
+NONE, FIRST, BOTH = (Condition.parse(text) for text in ("none", "first", "first_last"))
 
 
 def sample(number: int, bucket: Bucket) -> Sample:
@@ -25,6 +26,8 @@ def sample(number: int, bucket: Bucket) -> Sample:
         name=f"{number}.mp4",
         video_key=digest(["video", number]),
         text_key=digest(["text", number]),
+        empty_text_key=digest(["empty", number]),
+        condition_keys={str(BOTH): digest(["condition", number])},
         caption=f"caption {number}",
         bucket=bucket,
         fps=16.0 + number,
@@ -38,7 +41,7 @@ def samples_of(num: int, num_buckets: int = 1) -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def drawer(tmp_path_factory: pytest.TempPathFactory) -> BatchDrawer:
-    """Seven samples of one bucket, each with moments, text and a frame rate of its own."""
+    """Seven samples of one bucket, each with moments, texts, a condition and a frame rate of its own."""
     cache = Cache(tmp_path_factory.mktemp("cache"))
     samples = samples_of(7)
     for number, each in enumerate(samples):
@@ -49,22 +52,47 @@ def drawer(tmp_path_factory: pytest.TempPathFactory) -> BatchDrawer:
             "scale": torch.tensor([2.0, 0.5]),
         }
         cache.write("videos", each.video_key, moments)
-        cache.write("texts", each.text_key, {"embeds": torch.full((3, 4), float(number), dtype=torch.bfloat16)})
-    cache.write("texts", EMPTY, {"embeds": torch.full((3, 4), -1.0, dtype=torch.bfloat16)})
-    return BatchDrawer(samples, cache, drawn_sigma, seed=5, caption_dropout=0.25, empty_text_key=EMPTY)
+        for key, value in ((each.text_key, number), (each.empty_text_key, -1 - number)):
+            cache.write("texts", key, {"embeds": torch.full((3, 4), float(value), dtype=torch.bfloat16)})
+        cache.write("conditions", each.condition_keys[str(BOTH)], {"last": torch.full((2,), 100.0 + number)})
+    return BatchDrawer(
+        samples=samples,
+        cache=cache,
+        law=telling_law,
+        strata=Strata(seed=5, batch_size=4, batches_per_step=2),
+        caption_dropout=0.25,
+        conditions=[(NONE, 1.0)],
+        given=telling_given,
+    )
 
 
-def drawn_sigma(num_tokens: int, generator: torch.Generator) -> float:
+def telling_law(num_tokens: int, u: float) -> float:
     """A level that tells both of what it was given."""
-    return (num_tokens + torch.rand((), generator=generator).item()) / 100
+    return (num_tokens + u) / 100
+
+
+def telling_given(
+    condition: Condition,
+    latents_CFHW: torch.Tensor,
+    encoded: Mapping[str, torch.Tensor],
+    generator: torch.Generator | None,
+) -> dict[str, torch.Tensor]:
+    """What tells all of what it was given."""
+    if condition.is_none:
+        return {}
+    drawn = torch.zeros(3) if generator is None else torch.rand(3, generator=generator)
+    frames = torch.arange(latents_CFHW.shape[1]) < condition.num_first
+    return {"frames": frames, "latents": latents_CFHW, "drawn": drawn, **encoded}
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    return {"latents": batch.latents_BCFHW, "noise": batch.noise_BCFHW, "sigma": batch.sigma_B, **batch.text}
+    given = {f"given {name}": tensor for name, tensor in batch.given.items()}
+    return {"latents": batch.latents_BCFHW, "noise": batch.noise_BCFHW, "level": batch.level_B, **batch.text, **given}
 
 
 def assert_equal(one: Batch, other: Batch) -> None:
     assert (one.names, one.fps, one.num_tokens) == (other.names, other.fps, other.num_tokens)
+    assert tensors(one).keys() == tensors(other).keys()
     for name, tensor in tensors(one).items():
         assert torch.equal(tensor, tensors(other)[name]), name
 
@@ -130,45 +158,145 @@ def test_random_access_is_sequential_access():
 
 
 def test_a_draw_does_not_depend_on_the_batch(drawer):
-    together = drawer.draw(2, [3, 0, 5, 6])
+    """But for the levels, which are shared out over the step."""
+    drawer = replace(drawer, conditions=[(BOTH, 1.0)])
+    together = drawer.draw(7, 2, [3, 0, 5, 6])
     assert together.size == 4
     assert together.names == ("3.mp4", "0.mp4", "5.mp4", "6.mp4")
     assert together.fps == (19.0, 16.0, 21.0, 22.0)
     assert together.num_tokens == 13 + 10 + 15 + 16
+    draws = drawer.strata.draw(7, 4)
     for row, index in enumerate([3, 0, 5, 6]):
-        alone = drawer.draw(2, [index])
+        alone = drawer.draw(11, 2, [index])
+        assert together.level_B[row].item() == pytest.approx((10 + index + draws[row]) / 100)
         for name, tensor in tensors(together).items():
-            assert torch.equal(tensor[row : row + 1], tensors(alone)[name]), (index, name)
-        assert together.sigma_B[row].item() == pytest.approx((10 + index + 0.5) / 100, abs=0.005)
+            assert name == "level" or torch.equal(tensor[row : row + 1], tensors(alone)[name]), (index, name)
 
 
 def test_types_and_shapes(drawer):
-    batch = drawer.draw(0, [1, 2])
-    assert {batch.latents_BCFHW.dtype, batch.noise_BCFHW.dtype, batch.sigma_B.dtype} == {torch.float32}
+    batch = replace(drawer, conditions=[(BOTH, 1.0)]).draw(0, 0, [1, 2])
+    assert {batch.latents_BCFHW.dtype, batch.noise_BCFHW.dtype, batch.level_B.dtype} == {torch.float32}
     assert batch.latents_BCFHW.shape == batch.noise_BCFHW.shape == (2, 2, 2, 2, 3)
-    assert batch.sigma_B.shape == (2,)
+    assert batch.level_B.shape == (2,)
     assert batch.text["embeds"].dtype == torch.bfloat16 and batch.text["embeds"].shape == (2, 3, 4)
+    assert batch.given["frames"].dtype == torch.bool and batch.given["frames"].tolist() == [[True, False]] * 2
+    assert batch.given["last"].tolist() == [[101.0] * 2, [102.0] * 2], "each sample's own"
+    assert torch.equal(batch.given["latents"], batch.latents_BCFHW), "the draw that is learned, not another one"
 
 
 def test_everything_drawn_differs_between_epochs_samples_and_seeds(drawer):
     def numbers(epoch: int, index: int, seed: int = 5) -> list[torch.Tensor]:
-        other = BatchDrawer(drawer.samples, drawer.cache, drawn_sigma, seed, 0.0, EMPTY)
-        batch = other.draw(epoch, [index])
+        strata = replace(drawer.strata, seed=seed, batch_size=1, batches_per_step=1)
+        batch = replace(drawer, strata=strata, conditions=[(FIRST, 1.0)]).draw(10 * epoch + index, epoch, [index])
         shift, scale = torch.tensor([1.0, -1.0]), torch.tensor([2.0, 0.5])
         latents = batch.latents_BCFHW[0] / scale.view(-1, 1, 1, 1) + shift.view(-1, 1, 1, 1) - index
-        return [latents, batch.noise_BCFHW[0], batch.sigma_B % 0.01]
+        return [latents, batch.noise_BCFHW[0], batch.level_B % 0.01, batch.given["drawn"][0]]
 
     reference = numbers(0, 1)
     for others in (numbers(1, 1), numbers(0, 2), numbers(0, 1, seed=6)):
         assert not any(torch.allclose(one, other) for one, other in zip(reference, others, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(reference, numbers(0, 1), strict=True))
-    latents, noise, _ = reference
+    latents, noise, _, drawn = reference
     assert not torch.allclose(latents / math.exp(-1), noise, atol=0.1), "two draws, not one used twice"
+    assert not torch.allclose(drawn, noise.flatten()[:3])
+
+
+def parts_of(draws: list[float]) -> list[int]:
+    """Which part of (0, 1) each of n draws lies in, of n alike."""
+    assert all(0 <= draw < 1 for draw in draws)
+    return [int(draw * len(draws)) for draw in draws]
+
+
+@pytest.mark.parametrize(("batch_size", "batches_per_step"), [(1, 1), (1, 8), (8, 1), (4, 2), (2, 4), (3, 5)])
+def test_the_levels_of_a_step_are_spread_evenly(batch_size, batches_per_step):
+    """One draw in each part, in another order and at other places in every step; however the step is cut up."""
+    total = batch_size * batches_per_step
+    strata = Strata(seed=3, batch_size=batch_size, batches_per_step=batches_per_step)
+    steps = []
+    for step in range(50):
+        positions = range(step * batches_per_step, (step + 1) * batches_per_step)
+        draws = [draw for position in positions for draw in strata.draw(position, batch_size)]
+        assert sorted(parts_of(draws)) == list(range(total))
+        assert draws == Strata(seed=3, batch_size=total, batches_per_step=1).draw(step, total)
+        assert draws != Strata(seed=4, batch_size=total, batches_per_step=1).draw(step, total)
+        steps.append(draws)
+    assert len({draw for draws in steps for draw in draws}) == 50 * total
+    assert total == 1 or len({tuple(parts_of(draws)) for draws in steps}) > 1, "each sample sees all parts"
+    shares = torch.tensor(steps) * total % 1
+    assert abs(shares.mean() - 0.5) < 4 / (12 * 50 * total) ** 0.5, "anywhere within a part"
+
+
+def test_a_draw_of_levels_is_a_function_of_seed_and_position():
+    strata = Strata(seed=3, batch_size=4, batches_per_step=2)
+    in_order = [strata.draw(position, 4) for position in range(20)]
+    state = torch.get_rng_state()
+    for position in torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist():
+        assert Strata(seed=3, batch_size=4, batches_per_step=2).draw(position, 4) == in_order[position]
+        assert strata.draw(position, 3) == in_order[position][:3], "a smaller batch takes the first"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_over_many_steps_every_sample_of_a_batch_sees_all_levels():
+    """Rank within the step is drawn anew: the mean at each place is that of a uniform draw."""
+    strata = Strata(seed=0, batch_size=2, batches_per_step=2)
+    draws = torch.tensor([strata.draw(position, 2) for position in range(1200)]).view(600, 4)
+    # The standard deviation of a uniform draw is the root of 1/12.
+    assert (draws.mean(0) - 0.5).abs().max() < 4 * (1 / 12 / 600) ** 0.5
+
+
+CONDITIONS = [
+    [(NONE, 1.0)],
+    [(FIRST, 1.0)],
+    [(FIRST, 0.5), (NONE, 0.5)],
+    [(FIRST, 0.2), (BOTH, 0.7), (NONE, 0.1)],
+]
+
+
+@pytest.mark.parametrize("conditions", CONDITIONS)
+def test_conditions_come_in_their_shares(drawer, conditions):
+    """One for the whole batch, drawn by its first sample and the epoch; nothing else is drawn otherwise for it."""
+    drawer, counts, num = replace(drawer, conditions=conditions), Counter(), 600
+    plain = replace(drawer, conditions=[(NONE, 1.0)])
+    for epoch in range(num):
+        indices = [epoch % 7, (epoch + 2) % 7, (epoch + 3) % 7]
+        batch = drawer.draw(epoch, epoch, indices)
+        given = batch.given
+        counts[BOTH if "last" in given else FIRST if given else NONE] += 1
+        assert all(len(tensor) == 3 for tensor in given.values())
+        if epoch < 20:
+            assert_equal(replace(batch, given={}), plain.draw(epoch, epoch, indices))
+            alone = drawer.draw(0, epoch, indices[:1]).given
+            assert {name: tuple(tensor[0].tolist()) for name, tensor in given.items() if name == "drawn"} == {
+                name: tuple(tensor[0].tolist()) for name, tensor in alone.items() if name == "drawn"
+            }, "keyed by the first sample and the epoch, not by the batch"
+            assert given.keys() == alone.keys()
+    for condition, share in conditions:
+        assert abs(counts[condition] / num - share) <= 4 * (share * (1 - share) / num) ** 0.5
+
+
+def test_the_condition_differs_between_samples_epochs_and_seeds(drawer):
+    drawer = replace(drawer, conditions=[(FIRST, 0.5), (NONE, 0.5)])
+
+    def drawn(seed: int, epochs: range, indices: range) -> list[bool]:
+        seeded = replace(drawer, strata=replace(drawer.strata, seed=seed))
+        return [bool(seeded.draw(0, epoch, [index]).given) for epoch in epochs for index in indices]
+
+    assert len(set(drawn(1, range(30), range(1)))) == 2
+    assert len(set(drawn(1, range(1), range(7)))) == 2
+    assert drawn(1, range(10), range(7)) != drawn(2, range(10), range(7))
+    assert drawn(1, range(10), range(7)) == drawn(1, range(10), range(7))
+
+
+def test_a_still_image_is_given_no_frames(drawer):
+    still = [replace(each, bucket=BUCKETS[2]) for each in drawer.samples]
+    drawer = replace(drawer, samples=still, conditions=[(FIRST, 1.0)])
+    assert all(drawer.draw(0, epoch, [0, 1]).given == {} for epoch in range(20))
+    assert drawer.fixed(0, 0.5).given == {}
 
 
 def test_latents_are_a_normalised_draw_from_the_posterior(drawer):
     """(draw - shift) * scale with draw ~ N(mean, exp(logvar)), over 24 values in each of 60 epochs."""
-    drawn = torch.stack([drawer.draw(epoch, [4]).latents_BCFHW[0] for epoch in range(60)], dim=1).flatten(1)
+    drawn = torch.stack([drawer.draw(0, epoch, [4]).latents_BCFHW[0] for epoch in range(60)], dim=1).flatten(1)
     deviation = math.exp(-1)
     for channel, (shift, scale) in enumerate([(1.0, 2.0), (-1.0, 0.5)]):
         error = scale * deviation / drawn.shape[1] ** 0.5
@@ -178,26 +306,30 @@ def test_latents_are_a_normalised_draw_from_the_posterior(drawer):
 
 @pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
 def test_captions_are_dropped_at_their_rate(drawer, rate):
-    dropping = BatchDrawer(drawer.samples, drawer.cache, drawn_sigma, 5, rate, EMPTY)
+    dropping = replace(drawer, caption_dropout=rate, strata=Strata(5, 7, 1))
     num_dropped, in_epoch = 0, set()
     for epoch in range(60):
-        batch = dropping.draw(epoch, range(7))
-        in_epoch.add(int((batch.text["embeds"] == -1).sum()) // 12)
+        batch = dropping.draw(epoch, epoch, range(7))
+        in_epoch.add(int((batch.text["embeds"] < 0).sum()) // 12)
         for index, embeds in enumerate(batch.text["embeds"].float()):
             value = embeds.unique().tolist()
-            assert value in ([-1.0], [float(index)]), "the empty caption's text, or its own"
-            num_dropped += value == [-1.0]
+            assert value in ([-1.0 - index], [float(index)]), "its own empty caption's text, or its own"
+            num_dropped += value == [-1.0 - index]
     assert len(in_epoch) > 2 or rate in (0, 1), "each sample by a coin of its own"
     error = (rate * (1 - rate) / 420) ** 0.5
     assert abs(num_dropped / 420 - rate) <= 4 * error
 
 
 def test_a_fixed_batch_is_the_same_at_every_call_and_another_at_every_level(drawer):
+    """Under the most common condition, with nothing drawn about it."""
+    drawer = replace(drawer, conditions=[(NONE, 0.3), (BOTH, 0.6), (FIRST, 0.1)])
     levels = [0.1, 0.2, 0.9]
-    batches = [drawer.fixed(2, sigma) for sigma in levels]
-    for sigma, batch in zip(levels, batches, strict=True):
-        assert_equal(batch, drawer.fixed(2, sigma))
-        assert batch.sigma_B.tolist() == pytest.approx([sigma])
+    batches = [drawer.fixed(2, level) for level in levels]
+    for level, batch in zip(levels, batches, strict=True):
+        assert_equal(batch, drawer.fixed(2, level))
+        assert batch.level_B.tolist() == pytest.approx([level])
+        assert (batch.given["last"].tolist(), batch.given["drawn"].tolist()) == ([[102.0] * 2], [[0.0] * 3])
+        assert torch.equal(batch.given["latents"], batch.latents_BCFHW)
         assert (batch.names, batch.fps, batch.num_tokens, batch.size) == (("2.mp4",), (18.0,), 12, 1)
         expected = torch.tensor([(2 - 1.0) * 2.0, (2 + 1.0) * 0.5]).view(1, 2, 1, 1, 1).expand(1, 2, 2, 2, 3)
         assert torch.equal(batch.latents_BCFHW, expected), "the mean of the posterior, normalised"
@@ -208,25 +340,26 @@ def test_a_fixed_batch_is_the_same_at_every_call_and_another_at_every_level(draw
 
 def test_a_fixed_batch_does_not_depend_on_the_other_samples(drawer):
     """Clips that come or go move indices; the noise belongs to the clip."""
-    fewer = BatchDrawer(drawer.samples[2:], drawer.cache, drawn_sigma, 5, 0.25, EMPTY)
+    fewer = replace(drawer, samples=drawer.samples[2:])
     assert_equal(drawer.fixed(4, 0.3), fewer.fixed(2, 0.3))
 
 
 def stream(drawer: BatchDrawer, num_workers: int, batch_size: int = 2) -> BatchStream:
-    order = BatchOrder(drawer.samples, batch_size=batch_size, seed=drawer.seed)
+    order = BatchOrder(drawer.samples, batch_size=batch_size, seed=drawer.strata.seed)
     return BatchStream(order, drawer, num_workers=num_workers, pin_memory=False)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
 @pytest.mark.parametrize("position", [0, 1, 4, 9])
 def test_workers_and_start_never_change_a_batch(drawer, num_workers, position):
-    """Twelve batches are three epochs of four."""
+    """Twelve batches are three epochs of four, some given the first frame and some nothing."""
+    drawer = replace(drawer, strata=Strata(5, 2, 3), conditions=[(FIRST, 0.5), (NONE, 0.5)])
     order = BatchOrder(drawer.samples, batch_size=2, seed=5)
     batches = stream(drawer, num_workers).start(position)
     for number, (epoch, batch) in enumerate(islice(batches, 12 - position), start=position):
         expected_epoch, indices = order[number]
         assert epoch == expected_epoch == number // 4
-        assert_equal(batch, drawer.draw(epoch, indices))
+        assert_equal(batch, drawer.draw(number, epoch, indices))
     batches.close()
 
 
@@ -255,7 +388,7 @@ def test_closing_ends_the_threads(drawer, num_workers):
 def test_an_error_in_a_worker_surfaces(drawer, num_workers, tmp_path):
     """At the batch that cannot be read, and not before."""
     samples = [*drawer.samples[:6], sample(99, BUCKETS[0])]
-    broken = BatchDrawer(samples, drawer.cache, drawn_sigma, 5, 0.0, EMPTY)
+    broken = replace(drawer, samples=samples, caption_dropout=0.0)
     order = BatchOrder(samples, batch_size=2, seed=5)
     bad = next(number for number in range(4) if 6 in order[number][1])
     before = reader_threads()
@@ -281,8 +414,9 @@ def test_reading_ahead_is_bounded(drawer, monkeypatch):
 
 
 def test_map_tensors_changes_every_tensor_and_nothing_else(drawer):
-    batch = drawer.draw(0, [0, 1])
+    batch = replace(drawer, conditions=[(BOTH, 1.0)]).draw(0, 0, [0, 1])
     doubled = map_tensors(batch, lambda tensor: tensor * 2)
+    assert len(tensors(batch)) == 8
     assert all(torch.equal(tensors(doubled)[name], 2 * tensor) for name, tensor in tensors(batch).items())
     assert (doubled.names, doubled.fps, doubled.num_tokens) == (batch.names, batch.fps, batch.num_tokens)
 
@@ -291,6 +425,6 @@ def test_what_a_cache_holds_is_not_touched(drawer):
     files = sorted(Path(drawer.cache.root).rglob("*.safetensors"))
     before = [path.stat().st_mtime_ns for path in files]
     for epoch, other in pairwise(range(3)):
-        drawer.draw(epoch, [0])
+        replace(drawer, conditions=[(BOTH, 1.0)]).draw(epoch, epoch, [0])
         drawer.fixed(other, 0.5)
     assert [path.stat().st_mtime_ns for path in files] == before

@@ -1,156 +1,52 @@
-"""What the training step hands to the transformer, against what the diffusers pipeline hands to it."""
+"""LTX-Video: what its versions take, where their tokens lie in time, and frames that are given."""
+
+from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 
+from finetrainers.config.schema import ModelConfig
 from finetrainers.errors import UserError
-from finetrainers.families.base import Family, SamplingOptions
-from finetrainers.families.find import all_families, find_family
-from finetrainers.objectives import FlowMatching
-from finetrainers.types import Bucket
-from tests.families.tiny import TINY
+from finetrainers.families.find import find_family
+from finetrainers.families.ltx import LTXVideo
+from finetrainers.types import Bucket, Condition
+from tests.families.ltx_models import ROWS
+from tests.families.parity import CPU, random_clip
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", params=TINY)
-def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, str]:
-    row = TINY[request.param]
-    folder = row.write(tmp_path_factory.mktemp("model"))
-    return find_family(str(folder), revision=None, task="text-to-video"), request.param
+# As published: transformer/config.json of LTX-Video (0.9.0) and of LTX-Video-0.9.7-dev.
+FULL_2B = {"num_attention_heads": 32, "attention_head_dim": 64, "cross_attention_dim": 2048, "num_layers": 28}
+FULL_13B = {"num_attention_heads": 32, "attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48}
+COMMON = {"in_channels": 128, "out_channels": 128, "caption_channels": 4096}
 
 
-def captured(transformer: torch.nn.Module) -> list[dict]:
-    calls: list[dict] = []
-    transformer.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
-    return calls
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: row.write(tmp_path_factory.mktemp(name)) for name, row in ROWS.items()}
 
 
-def test_every_family_has_a_row():
-    assert {family.name for family in all_families()} == {row.family for row in TINY.values()}
+def full_size(folder: Path, target: Path, config: dict) -> LTXVideo:
+    """The tiny folder with the published transformer's config in it."""
+    shutil.copytree(folder, target)
+    path = target / "transformer" / "config.json"
+    path.write_text(json.dumps({"_class_name": "LTXVideoTransformer3DModel", **COMMON, **config}))
+    return find_family(ModelConfig(path=str(target)))
 
 
-@pytest.mark.parametrize("fps", [25.0, 8.0, 29.97])
-def test_training_calls_the_transformer_as_the_pipeline_does(opened, fps):
-    family, row = opened
-    bucket = Bucket.parse(TINY[row].bucket)
-    prompt = "a red circle moves, and stops"
-    pipeline = getattr(diffusers, TINY[row].pipeline).from_pretrained(family.folder)
-    pipeline.set_progress_bar_config(disable=True)
-    transformer = pipeline.transformer
-    calls = captured(transformer)
-    family.render(pipeline, bucket, SamplingOptions(2, 1.0, fps, seed=3), prompt=prompt)
-    theirs = calls[-1]
-    assert len(calls) == 2
-
-    frames, height, width = family.latent_shape(bucket)
-    latents = theirs["hidden_states"].transpose(1, 2).unflatten(2, (frames, height, width))
-    encoded = family.encode_text(family.load_text_encoder(CPU, torch.float32), [prompt])[0]
-    text = {name: tensor[None] for name, tensor in encoded.items()}
-    family.predict(transformer, latents, theirs["timestep"].flatten(), text=text, fps=[fps])
-    ours = calls[-1]
-
-    meant = {name: value for name, value in theirs.items() if name not in ("attention_kwargs", "return_dict")}
-    assert meant.keys() == {name for name in ours if name != "return_dict"}
-    for name, value in meant.items():
-        if isinstance(value, torch.Tensor):
-            assert ours[name].dtype == value.dtype, name
-            # Two copies of the same weights differ in the last bits: CPU kernels round by memory alignment.
-            torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=2e-5, msg=name)
-        else:
-            assert ours[name] == value, name
-
-
-def test_the_layout_of_tokens_is_the_pipelines(opened):
-    family, row = opened
-    kind = getattr(diffusers, TINY[row].pipeline)
-    latents = torch.randn(2, 8, 3, 2, 5)
-    given = {}
-
-    class Recorder(torch.nn.Module):
-        dtype = torch.float32
-
-        def forward(self, hidden_states, **_):
-            given["tokens"] = hidden_states
-            return (hidden_states,)
-
-    text = {"prompt_embeds": torch.zeros(2, 4, 32), "prompt_attention_mask": torch.ones(2, 4, dtype=torch.bool)}
-    answer = family.predict(Recorder(), latents, torch.ones(2), text=text, fps=[24.0, 24.0])
-    assert torch.equal(given["tokens"], kind._pack_latents(latents))
-    assert torch.equal(answer, latents)
-
-
-@pytest.mark.parametrize("fps", [(8.0, 8.0), (8.0, 24.0)])
-def test_a_batch_gives_each_clip_its_own_time(opened, fps):
-    family, _ = opened
-    transformer = family.load_transformer(torch.float32).eval()
-    latents, timestep = torch.randn(2, 8, 3, 2, 3), torch.tensor([300.0, 700.0])
-    text = {
-        "prompt_embeds": torch.randn(2, 6, 32),
-        "prompt_attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool(),
-    }
-    with torch.no_grad():
-        together = family.predict(transformer, latents, timestep, text=text, fps=fps)
-        for index in range(2):
-            one = slice(index, index + 1)
-            cut = {name: tensor[one] for name, tensor in text.items()}
-            alone = family.predict(transformer, latents[one], timestep[one], text=cut, fps=[fps[index]])
-            torch.testing.assert_close(together[one], alone, rtol=1e-5, atol=1e-5)
-        other = family.predict(transformer, latents, timestep, text=text, fps=(60.0, 60.0))
-    assert not torch.allclose(together, other, atol=1e-4), "the frame rate must reach the model"
-
-
-def test_latents_are_normalised_as_the_pipeline_denormalises_them(opened):
-    family, row = opened
-    vae = family.load_video_encoder(CPU, torch.float32)
-    video = torch.randint(0, 256, (17, 3, 64, 96), dtype=torch.uint8)
-    encoded = family.encode_video(vae, video)
-    pixels = video.permute(1, 0, 2, 3)[None].float() / 127.5 - 1
-    with torch.no_grad():
-        raw = vae.encode(pixels).latent_dist.mean
-    normalised = (encoded["mean"] - encoded["shift"].view(-1, 1, 1, 1)) * encoded["scale"].view(-1, 1, 1, 1)
-    kind = getattr(diffusers, TINY[row].pipeline)
-    back = kind._denormalize_latents(normalised[None], vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
-    torch.testing.assert_close(back, raw)
-    assert encoded["mean"].shape[1:] == family.latent_shape(Bucket(17, 64, 96))
-    assert not torch.allclose(normalised, encoded["mean"], atol=0.05), "the tiny model must be able to tell"
-
-
-class Oracle(torch.nn.Module):
-    """Knows the clean latents and answers with the ideal prediction for the noisy input that it is given."""
-
-    dtype = torch.float32
-
-    def __init__(self, latents_BCFHW):
-        super().__init__()
-        self.clean_BSC = latents_BCFHW.flatten(2).transpose(1, 2)
-        self.noise = []
-
-    def forward(self, hidden_states, timestep, **_):
-        sigma = timestep.reshape(len(hidden_states), 1, 1) / 1000
-        noise = (hidden_states - (1 - sigma) * self.clean_BSC) / sigma
-        self.noise.append(noise)
-        return (noise - self.clean_BSC,)
-
-
-def test_the_ideal_prediction_has_no_loss(opened):
-    family, _ = opened
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(4, 8, 4, 6, 5, generator=generator) * 2 + 0.5
-    oracle, objective = Oracle(latents), FlowMatching(sample_sigma=lambda tokens, generator: 0.5)
-    text = {"prompt_embeds": torch.zeros(4, 4, 32), "prompt_attention_mask": torch.ones(4, 4, dtype=torch.bool)}
-    for sigma in (0.05, 0.3, 0.7, 1.0):
-        noise = torch.randn(latents.shape, generator=generator)
-        noised = objective.noise(latents, noise, torch.full((4,), sigma))
-        answer = family.predict(oracle, noised.input_BCFHW, noised.timestep_B, text=text, fps=[25.0] * 4)
-        assert (answer - noised.target_BCFHW).square().mean() < 1e-6
-    seen = torch.cat([noise.flatten() for noise in oracle.noise])
-    assert abs(seen.mean()) < 4 / len(seen) ** 0.5
-    assert abs(seen.var() - 1) < 4 * (2 / len(seen)) ** 0.5
+@pytest.mark.parametrize(("config", "billions", "layers"), [(FULL_2B, 1.923, 28), (FULL_13B, 13.043, 48)])
+def test_the_full_size(folders, tmp_path, config, billions, layers):
+    family = full_size(folders["ltx-0.9.0"], tmp_path / "full", config)
+    with torch.device("meta"):
+        transformer = family.build_transformers()["transformer"]
+    assert round(sum(parameter.numel() for parameter in transformer.parameters()) / 1e9, 3) == billions
+    matches = re.compile(family.defaults("lora")["method.target_modules"]).fullmatch
+    found = [name for name, module in transformer.named_modules() if matches(name)]
+    assert len(found) == layers * 2 * 4, "two attentions of four projections in each block, and nothing else"
+    assert family.num_tokens(Bucket(49, 512, 768)) == 7 * 16 * 24
 
 
 BUCKETS = [
@@ -164,45 +60,109 @@ BUCKETS = [
 
 
 @pytest.mark.parametrize(("size", "nearest"), BUCKETS)
-def test_sizes_that_the_model_cannot_take_are_refused_with_the_nearest(opened, size, nearest):
-    reason = opened[0].check_bucket(Bucket.parse(size))
+@pytest.mark.parametrize("name", ["ltx-0.9.0", "ltx-0.9.5"])
+def test_sizes_that_the_model_cannot_take_are_refused_with_the_nearest(folders, name, size, nearest):
+    family = ROWS[name].open(folders[name])
+    reason = family.check_bucket(Bucket.parse(size))
     assert (reason is None) == (nearest is None)
     if nearest:
         assert "8k+1" in reason and "multiples of 32" in reason and reason.endswith(nearest)
-        assert opened[0].check_bucket(Bucket.parse(nearest)) is None
+        assert family.check_bucket(Bucket.parse(nearest)) is None
 
 
-def test_a_model_of_another_kind_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="does not exist"):
-        find_family(str(tmp_path / "nowhere"), revision=None, task="text-to-video")
-    with pytest.raises(UserError, match=r"no model_index\.json"):
-        find_family(str(tmp_path), revision=None, task="text-to-video")
-    (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
-        find_family(str(tmp_path), revision=None, task="text-to-video")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(UserError, match=r"FluxPipeline, which is not supported; supported are: ltx"):
-        find_family(str(tmp_path), revision=None, task="text-to-video")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "LTXPipeline"}))
-    with pytest.raises(UserError, match="the folder vae/ of a ltx model is missing"):
-        find_family(str(tmp_path), revision=None, task="text-to-video")
+CONDITIONS = [
+    ("ltx-0.9.0", "first", "set model.task"),
+    ("ltx-0.9.0-i2v", "first", None),
+    ("ltx-0.9.0-i2v", "first_last", "before 0.9.5"),
+    ("ltx-0.9.0-i2v", "prefix-9", "before 0.9.5"),
+    ("ltx-0.9.5", "first_last", "set model.task"),
+    ("ltx-0.9.5-i2v", "none", None),
+    ("ltx-0.9.5-i2v", "first_last", None),
+    ("ltx-0.9.5-i2v", "prefix-9", None),
+    ("ltx-0.9.5-i2v", "prefix-8", "8k\\+1"),
+    ("ltx-0.9.5-i2v", "prefix-17", "nothing left to learn"),
+]
 
 
-def test_an_unknown_task_names_the_known_ones(opened):
-    with pytest.raises(UserError, match=r"'dance' is not supported for ltx; supported are: text-to-video"):
-        find_family(str(opened[0].folder), revision=None, task="dance")
+@pytest.mark.parametrize(("name", "condition", "refusal"), CONDITIONS)
+def test_frames_that_cannot_be_given_are_refused(folders, name, condition, refusal):
+    reason = ROWS[name].open(folders[name]).check_condition(Condition.parse(condition), Bucket(17, 64, 96))
+    assert (reason is None) if refusal is None else re.search(refusal, reason)
 
 
-def test_a_hub_id_is_found_in_the_hubs_own_cache(opened, tmp_path, monkeypatch):
-    family, _ = opened
-    snapshot = tmp_path / "models--someone--tiny-ltx" / "snapshots" / "abc123"
-    snapshot.parent.mkdir(parents=True)
-    snapshot.symlink_to(family.folder)
-    (tmp_path / "models--someone--tiny-ltx" / "refs").mkdir()
-    (tmp_path / "models--someone--tiny-ltx" / "refs" / "main").write_text("abc123")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    found = find_family("someone/tiny-ltx", revision=None, task="text-to-video")
-    assert found.load_transformer(torch.float32).config.num_layers == 2
-    with pytest.raises(UserError, match="the hub did not give it"):
-        find_family("someone/other", revision=None, task="text-to-video")
+@pytest.mark.parametrize("name", ["ltx-0.9.0-i2v", "ltx-0.9.5-i2v"])
+@pytest.mark.parametrize("num_frames", [1, 9])
+def test_the_beginning_of_a_clips_latents_is_that_of_its_beginning(folders, name, num_frames):
+    """Why given frames at the beginning need no encoding of their own."""
+    family = ROWS[name].open(folders[name])
+    encoders = family.load_video_encoders(CPU, torch.float32)
+    video = random_clip(Bucket(17, 64, 96))
+    whole, part = (family.encode_video(encoders, clip)["mean"] for clip in (video, video[:num_frames]))
+    torch.testing.assert_close(whole[:, : part.shape[1]], part)
+
+
+class Recorder(torch.nn.Module):
+    """Keeps what it is called with."""
+
+    dtype = torch.float32
+
+    def forward(self, **call):
+        self.call = call
+        return (call["hidden_states"],)
+
+
+@pytest.fixture
+def text() -> dict[str, torch.Tensor]:
+    return {"prompt_embeds": torch.zeros(2, 4, 32), "prompt_attention_mask": torch.ones(2, 4, dtype=torch.bool)}
+
+
+def test_tokens_lie_at_the_start_of_their_frames(folders, text):
+    """0.9.5: the first latent at second 0, latent f at (8f - 7) / fps; a last frame by itself at (T - 1) / fps."""
+    family, recorder = ROWS["ltx-0.9.5-i2v"].open(folders["ltx-0.9.5-i2v"]), Recorder()
+    latents = torch.randn(2, 8, 3, 2, 5)
+    given = {
+        "frames": torch.tensor([[True, False, False]] * 2),
+        "latents": latents + 1,
+        "last": torch.randn(2, 8, 1, 2, 5),
+    }
+    timestep = torch.tensor([300.0, 700.0])
+    answer = family.predict({"transformer": recorder}, latents, timestep, text=text, given=given, fps=(10.0, 20.0))
+    call = recorder.call
+    seconds = call["video_coords"][:, 0].reshape(2, 4, 10)[:, :, 0]
+    torch.testing.assert_close(seconds, torch.tensor([[1.6, 0, 0.1, 0.9], [0.8, 0, 0.05, 0.45]]))
+    assert call["video_coords"][0, 1:, 10:20].tolist() == [[0] * 5 + [32] * 5, [0, 32, 64, 96, 128] * 2]
+    times = call["timestep"].reshape(2, 4, 10)
+    assert (times[:, :2] == 0).all() and (times[0, 2:] == 300).all() and (times[1, 2:] == 700).all()
+    tokens = call["hidden_states"].transpose(1, 2).unflatten(2, (4, 2, 5))
+    assert torch.equal(tokens, torch.cat([given["last"], latents[:, :, :1] + 1, latents[:, :, 1:]], dim=2))
+    assert torch.equal(answer, tokens[:, :, 1:]), "the tokens of the last frame are not part of the answer"
+
+
+@pytest.mark.parametrize("name", ["ltx-0.9.0", "ltx-0.9.5"])
+def test_the_frame_rate_reaches_the_model(folders, text, name):
+    family = ROWS[name].open(folders[name])
+    transformers = {part: model.eval() for part, model in family.load_transformers(torch.float32).items()}
+    latents, timestep = torch.randn(2, 8, 3, 2, 3), torch.tensor([300.0, 700.0])
+    with torch.no_grad():
+        slow, fast = (
+            family.predict(transformers, latents, timestep, text=text, given={}, fps=fps)
+            for fps in ((8.0, 8.0), (60.0, 60.0))
+        )
+    assert not torch.allclose(slow, fast, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ltx-0.9.0", "ltx-0.9.5"])
+def test_longer_clips_are_squeezed_into_the_trained_seconds(folders, text, name):
+    """513 frames with interpolation lie where 257 did: the model is told twice the frame rate, sampling included."""
+    rope = {"method": "interpolate", "frames": 513}
+    plain, longer = ROWS[name].open(folders[name]), ROWS[name].open(folders[name], rope_temporal=rope)
+    latents, timestep, calls = torch.randn(2, 8, 3, 2, 3), torch.tensor([300.0, 700.0]), []
+    for family, fps in ((longer, 24.0), (plain, 48.0)):
+        recorder = Recorder()
+        family.predict({"transformer": recorder}, latents, timestep, text=text, given={}, fps=(fps, fps))
+        calls.append(recorder.call)
+    key = "video_coords" if name == "ltx-0.9.5" else "rope_interpolation_scale"
+    torch.testing.assert_close(calls[0][key], calls[1][key])
+    assert longer.notes() == {"rope_temporal": rope} and plain.notes() == {}
+    with pytest.raises(UserError, match=r"rope_temporal\.method ntk is not for LTX-Video"):
+        ROWS[name].open(folders[name], rope_temporal={"method": "ntk", "frames": 513})

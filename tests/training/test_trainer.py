@@ -112,10 +112,10 @@ def test_it_learns_one_clip(model):
     """Full fine-tuning on one clip: the loss at fixed noise and noise levels falls by at least half."""
     batches = [make_batch([0, 0, 0, 0], epoch=epoch) for epoch in range(40)]
     batches = [replace(batch, noise_BCFHW=make_batch([4 * n + i for i in range(4)], epoch=n).noise_BCFHW,
-                       sigma_B=make_batch([4 * n + i for i in range(4)], epoch=n).sigma_B)
+                       level_B=make_batch([4 * n + i for i in range(4)], epoch=n).level_B)
                for n, batch in enumerate(batches)]  # fmt: skip
     trainer = make_trainer(model, batches, options=full(), lr=3e-3, steps=500)
-    fixed = [replace(make_batch([0]), sigma_B=torch.tensor([sigma])) for sigma in (0.2, 0.5, 0.8)]
+    fixed = [replace(make_batch([0]), level_B=torch.tensor([level])) for level in (0.2, 0.5, 0.8)]
 
     def fixed_loss():
         with torch.no_grad():
@@ -144,13 +144,31 @@ def test_eight_bit_adamw_follows_adamw(model):
     assert losses["adamw"][-1] < 0.95 * losses["adamw"][0]
 
 
+def test_a_text_encoder_is_trained_without_its_own_dropout(model):
+    """Both move, and what each is in while a step runs: only the transformer in training."""
+    batch = make_batch([0, 1])
+    trainer = make_trainer(model, [batch], options=lora(text_encoder="lora"), steps=3)
+    tokens = trainer.method.family.tokenize(trainer.method.family.load_tokenizers(), ["a red circle", "a blue one"])
+    trainer.batches.batches = [replace(batch, text=tokens)]
+    before = {name: parameter.detach().clone() for name, parameter in trainer.trained.items()}
+    modes = []
+    for name, part in trainer.models.items():
+        part.register_forward_pre_hook(lambda module, given, name=name: modes.append((name, module.training)))
+    trainer.fit()
+    assert set(modes) == {("transformer", True), ("text_encoder", False)}
+    moved = {name.split(".")[0] for name, p in trainer.trained.items() if not torch.equal(p, before[name])}
+    assert moved == {"transformer", "text_encoder"}
+    trainer.set_training(False)
+    assert not any(part.training for part in trainer.models.values())
+
+
 def test_gradient_checkpointing_changes_no_number(model):
     rows = {}
     for checkpointing in (False, True):
         recorder = Recorder()
         trainer = make_trainer(model, [make_batch([0, 1])], options=lora(dropout=0.2), callbacks=[recorder])
         if checkpointing:
-            trainer.transformer.enable_gradient_checkpointing()
+            trainer.models["transformer"].enable_gradient_checkpointing()
         trainer.fit()
         rows[checkpointing] = [(outcome.loss.item(), outcome.grad_norm.item()) for outcome in recorder.outcomes]
     assert rows[True] == rows[False]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finetrainers.config.schema import FullOptions, LoraOptions
+from finetrainers.config.schema import FullOptions, LoraOptions, ModelConfig, ObjectiveConfig
 from finetrainers.engines.single import SingleEngine
 from finetrainers.families.find import find_family
 from finetrainers.families.ltx import TARGETS
@@ -20,7 +20,9 @@ from finetrainers.training.optimizer import build_optimizer, build_schedule
 from finetrainers.training.trainer import Trainer
 from finetrainers.types import Batch
 
-OBJECTIVE = build_objective("shifted_logit_normal", logit_mean=0.0, logit_std=1.0, uniform_share=0.1)
+OBJECTIVE = build_objective(
+    ObjectiveConfig(timestep_sampling="shifted_logit_normal", shift=1.0), alphas_cumprod=None, noise_range=(0.0, 1.0)
+)
 
 
 def lora(**options: Any) -> LoraOptions:
@@ -37,7 +39,7 @@ def make_batch(indices: Sequence[int], *, seed: int = 0, epoch: int = 0) -> Batc
     def drawn(what: str, *shape: int) -> torch.Tensor:
         return torch.stack([torch.randn(shape, generator=generator_for(seed, what, index)) for index in indices])
 
-    sigmas = [OBJECTIVE.sample_sigma(12, generator_for(seed, "sigma", epoch, index)) for index in indices]
+    uniform = [torch.rand((), generator=generator_for(seed, "level", epoch, index)).item() for index in indices]
     mask = torch.ones(len(indices), 6, dtype=torch.bool)
     mask[:, 4:] = False
     return Batch(
@@ -45,8 +47,9 @@ def make_batch(indices: Sequence[int], *, seed: int = 0, epoch: int = 0) -> Batc
         noise_BCFHW=torch.stack(
             [torch.randn(8, 2, 2, 3, generator=generator_for(seed, "noise", epoch, index)) for index in indices]
         ),
-        sigma_B=torch.tensor(sigmas),
+        level_B=torch.tensor([OBJECTIVE.law(12, u) for u in uniform]),
         text={"prompt_embeds": drawn("text", 6, 32), "prompt_attention_mask": mask},
+        given={},
         fps=(25.0,) * len(indices),
         names=tuple(str(index) for index in indices),
         num_tokens=12 * len(indices),
@@ -77,17 +80,17 @@ def make_trainer(
     **settings: Any,
 ) -> Trainer:
     """A whole trainer; `settings` are its numbers."""
-    family = find_family(str(model), revision=None, task="text-to-video")
+    family = find_family(ModelConfig(path=str(model)))
     method = find_method(options or lora(), family, OBJECTIVE, dtype=dtype)
-    transformer = family.load_transformer(method.weights_dtype)
-    trained = method.attach(transformer, seed=1)
+    engine = SingleEngine()
+    models = method.load(engine.device)
+    trained = method.attach(models, seed=1)
     parameters = list(trained.values())
     built = build_optimizer(optimizer, parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    engine = SingleEngine()
     numbers = {"steps": 4, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0, "seed": 0} | settings
     return Trainer(
         method=method,
-        transformer=engine.prepare(transformer),
+        models=engine.prepare(models),
         trained=trained,
         batches=Batches(batches),
         optimizer=built,

@@ -1,0 +1,106 @@
+"""What families share in handling a diffusers folder: loading its parts, T5 text, sizes, given frames, frames out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetrainers.families.base import TokenCount
+from finetrainers.types import Bucket
+
+# Shape suffixes: B batch, C channels, F frames, H height, W width, L text tokens, D features.
+
+
+def build_network(class_name: str, folder: Path, part: str) -> torch.nn.Module:
+    """A diffusers network as its config describes it, with no weights read."""
+    import diffusers
+
+    kind = getattr(diffusers, class_name)
+    network: torch.nn.Module = kind.from_config(kind.load_config(folder / part))
+    return network
+
+
+def load_network(class_name: str, folder: Path, part: str, dtype: torch.dtype) -> Any:
+    """A diffusers network with its weights, on the CPU."""
+    import diffusers
+
+    return getattr(diffusers, class_name).from_pretrained(folder, subfolder=part, dtype=dtype, use_safetensors=True)
+
+
+def load_encoder(class_name: str, folder: Path, part: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A frozen transformers network on its device; `eval` because T5 would otherwise drop out."""
+    import transformers
+
+    kind = getattr(transformers, class_name)
+    encoder = kind.from_pretrained(folder, subfolder=part, dtype=dtype, use_safetensors=True)
+    return encoder.requires_grad_(False).eval().to(device)
+
+
+def load_tokenizer(folder: Path, part: str = "tokenizer") -> Any:
+    """A tokenizer by its own files."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder / part)
+
+
+def pad_tokens(tokenizer: Any, captions: Sequence[str], limit: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` [B, limit], cut and padded to the limit."""
+    tokens = tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=limit,
+        truncation=True,
+        add_special_tokens=True,
+        return_tensors="pt",
+    )
+    return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+
+
+def count_tokens(tokenizer: Any, captions: Sequence[str], limit: int) -> list[TokenCount]:
+    """Tokens of each caption before it is cut, and how many of them are unknown to the tokenizer."""
+    # verbose=False: transformers would warn of indexing errors, though nothing longer is given to the encoder.
+    listed = tokenizer(list(captions), verbose=False).input_ids
+    return [TokenCount(len(ids), ids.count(tokenizer.unk_token_id), limit) for ids in listed]
+
+
+def refuse_bucket(bucket: Bucket, *, frames: int, space: int, name: str) -> str | None:
+    """None if a bucket has `frames` * k + 1 frames and a height and width that are multiples of `space`; otherwise
+    what `name` takes, and the nearest such size."""
+    frames_fit = bucket.num_frames % frames == 1
+    if frames_fit and bucket.height % space == 0 and bucket.width % space == 0:
+        return None
+    num_frames = bucket.num_frames if frames_fit else max(round((bucket.num_frames - 1) / frames), 0) * frames + 1
+    height, width = (max(round(size / space), 1) * space for size in (bucket.height, bucket.width))
+    first = ", ".join(str(frames * k + 1) for k in range(4))
+    return (
+        f"{name} takes {frames}k+1 frames ({first}, ...) and a height and width that are multiples of {space}; "
+        f"the nearest is {Bucket(num_frames, height, width)}"
+    )
+
+
+def to_pixels(video_FCHW: Tensor, network: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A uint8 clip as a VAE takes it: [1, C, F, H, W] in [-1, 1], on the network's device, in its type or another."""
+    pixels_FCHW = video_FCHW.to(network.device).float() / 127.5 - 1
+    return pixels_FCHW.permute(1, 0, 2, 3)[None].to(dtype or network.dtype)
+
+
+def put_given(latents_BCFHW: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+    """Noised latents with the clean ones, `given["latents"]`, in the latent frames that `given["frames"]` [B, F] marks;
+    unchanged where no frames are given."""
+    if "frames" not in given:
+        return latents_BCFHW
+    return torch.where(given["frames"][:, None, :, None, None], given["latents"], latents_BCFHW)
+
+
+def frames_out(frames_FCHW: Tensor) -> Tensor:
+    """A pipeline's frames in [0, 1] as uint8 FHWC on the CPU."""
+    return (frames_FCHW.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def batched(text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Texts under the names of a pipeline's call, which calls the negative ones `negative_...`."""
+    return {**text, **{f"negative_{name}": tensor for name, tensor in negative.items()}}
