@@ -30,7 +30,24 @@ WRONG = {
     "a size that the model cannot take": (["data.buckets=[10x64x96]"], ["10x64x96", "8k+1", "9x64x96"]),
     "a height that the model cannot take": (["data.buckets=[9x65x96]"], ["9x65x96", "multiples of 32", "9x64x96"]),
     "a size that is none": (["data.buckets=[9x64]"], ["9x64", "FRAMESxHEIGHTxWIDTH"]),
-    "a task that the family has not": (["model.task=dance"], ["dance", "text-to-video"]),
+    "a task that there is not": (["model.task=dance"], ["dance", "text-to-video"]),
+    "an option of another family": (["model.experts=both"], ["model.experts", "ltx", "wan"]),
+    "a family that is nowhere": (["model.family=no.such.Family"], ["model.family no.such.Family", "package.module"]),
+    "a family that is none": (["model.family=pathlib.Path"], ["pathlib.Path is no subclass of"]),
+    "frames given to a model of text": (["data.conditions=first"], ["data.conditions first", "set model.task"]),
+    "frames that this model is not given": (
+        ["model.task=image-to-video", "data.conditions=first_last"],
+        ["data.conditions first_last with data.buckets 9x64x96", "first frame or none"],
+    ),
+    "weights for a flow": (["objective.loss_weighting=min_snr"], ["min_snr is for models that predict v"]),
+    "prompts without images": (
+        ["model.task=image-to-video", "validation.prompts=[one]"],
+        ["validation.images", "each of the 1 validation.prompts"],
+    ),
+    "an image that is none": (
+        ["model.task=image-to-video", "validation.prompts=[one]", "validation.images=[nowhere.png]"],
+        ["validation.images nowhere.png"],
+    ),
     "targets that match nothing": (["method.target_modules=[nothing]"], ["nothing", "transformer_blocks"]),
     "too long a bucket": (["data.buckets=[97x64x96]"], ["needs 97", "18 frames"]),
 }

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from finetrainers.config.schema import ModelConfig
 from finetrainers.families.find import find_family
 from finetrainers.folder import read_rows, steps_in
 from finetrainers.hashing import file_digest
@@ -19,12 +21,17 @@ CHANGES_NUMBERS = [
     "data.window=middle",
     "data.trigger=BW_STYLE",
     "data.caption_dropout=1.0",
+    "model.task=image-to-video",
+    "model.rope_temporal={method: interpolate, frames: 513}",
     "method.rank=2",
     "method.alpha=1",
     "method.dropout=0.5",
     "method.target_modules=[to_q]",
+    "method.text_encoder=lora",
     "objective.timestep_sampling=uniform",
     "objective.timestep_sampling=logit_normal",
+    "objective.timestep_sampling=mode",
+    "objective.shift=3",
     "objective.logit_std=0.2",
     "objective.uniform_share=1.0",
     "optimizer.lr=3e-3",
@@ -40,6 +47,14 @@ CHANGES_NUMBERS = [
     "training.max_grad_norm=0.001",
     "validation.timesteps=2",
 ]
+IMAGES = "model.task=image-to-video"
+CHANGES_NUMBERS_OF = [
+    (IMAGES, "data.conditions=first"),
+    (IMAGES, "data.conditions=none"),
+    ("objective.timestep_sampling=logit_normal", "objective.logit_mean=1.5"),
+    ("objective.timestep_sampling=mode", "objective.mode_scale=-0.5"),
+]
+"""Options that say nothing without another one, and that one."""
 CHANGES_VIDEOS = [
     "validation.num_inference_steps=3",
     "validation.guidance_scale=9.0",
@@ -67,12 +82,12 @@ def base(model, clips, tmp_path_factory) -> tuple[dict[str, Any], Path]:
     return settings, folder / "run"
 
 
-def run_with(base, tmp_path: Path, override: str) -> Path:
+def run_with(base, tmp_path: Path, *overrides: str, output: str = "run") -> Path:
     settings = copy.deepcopy(base[0])
     config = write_config(tmp_path / "c.yaml", **settings)
-    code, said = run(["train", config, override, f"output={tmp_path / 'run'}"], tmp_path / "log")
+    code, said = run(["train", config, *overrides, f"output={tmp_path / output}"], tmp_path / "log")
     assert code == 0, said
-    return tmp_path / "run"
+    return tmp_path / output
 
 
 @pytest.mark.parametrize("override", CHANGES_NUMBERS)
@@ -80,15 +95,52 @@ def test_it_changes_the_numbers(base, tmp_path, override):
     assert exact_rows(run_with(base, tmp_path, override)) != exact_rows(base[1])
 
 
+@pytest.fixture(scope="module")
+def beside(base, tmp_path_factory) -> Callable[[str], Path]:
+    """A run with one more option, made when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def find(given: str) -> Path:
+        if given not in made:
+            made[given] = run_with(base, tmp_path_factory.mktemp("beside"), given)
+        return made[given]
+
+    return find
+
+
+@pytest.mark.parametrize(("given", "override"), CHANGES_NUMBERS_OF)
+def test_it_changes_the_numbers_of_a_run_with_another_option(base, beside, tmp_path, given, override):
+    assert exact_rows(run_with(base, tmp_path, given, override)) != exact_rows(beside(given))
+
+
+def videos(root: Path) -> set[str]:
+    return {file_digest(path) for path in (root / "samples" / "step-00000003").glob("*.mp4")}
+
+
 @pytest.mark.parametrize("override", CHANGES_VIDEOS)
 def test_it_changes_the_videos_and_no_number(base, tmp_path, override):
     output = run_with(base, tmp_path, override)
     assert exact_rows(output) == exact_rows(base[1])
-
-    def videos(root: Path) -> set[str]:
-        return {file_digest(path) for path in (root / "samples" / "step-00000003").glob("*.mp4")}
-
     assert videos(output) and videos(output).isdisjoint(videos(base[1]))
+
+
+def test_validation_images_are_what_the_videos_begin_with(base, beside, tmp_path):
+    """Each prompt has its own; the same prompt with another image is another video, and no number changes."""
+    prompts = "validation.prompts=[one, two]"
+    found = []
+    for number, colours in enumerate([("red", "blue"), ("red", "green")]):
+        paths = [tmp_path / f"{colour}.png" for colour in colours]
+        for path, colour in zip(paths, colours, strict=True):
+            Image.new("RGB", (120, 80), colour).save(path)
+        images = f"validation.images=[{', '.join(map(str, paths))}]"
+        output = run_with(base, tmp_path, IMAGES, prompts, images, output=f"run-{number}")
+        assert exact_rows(output) == exact_rows(beside(IMAGES))
+        found.append([file_digest(path) for path in sorted((output / "samples" / "step-00000003").glob("*.mp4"))])
+    (red, blue), (same_red, green) = found
+    assert red == same_red and len({red, blue, green}) == 3
+    config = tmp_path / "c.yaml"
+    code, said = run(["train", config, IMAGES, prompts, f"output={tmp_path / 'other'}"], tmp_path / "log")
+    assert code == 2 and "validation.images must name one image or clip for each of the 2" in said, said
 
 
 def newest_state(output: Path) -> str:
@@ -116,8 +168,8 @@ def test_it_shows_on_disk(base, tmp_path, override, shows):
 
 @pytest.mark.parametrize("tiling", [False, True])
 def test_vae_tiling_reaches_the_encoder(model, tiling):
-    family = find_family(str(model), revision=None, task="text-to-video", vae_tiling=tiling)
-    vae = family.load_video_encoder(torch.device("cpu"), torch.float32)
+    family = find_family(ModelConfig(path=str(model)), vae_tiling=tiling)
+    vae = family.load_video_encoders(torch.device("cpu"), torch.float32)["vae"]
     assert vae.use_tiling is tiling
     assert vae.use_framewise_encoding is tiling and vae.use_framewise_decoding is tiling
 

@@ -79,8 +79,17 @@ def test_killed_at_fifty_random_moments(settings, tmp_path, method):
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_full_fine_tuning_resumes_to_the_bit(settings, tmp_path):
-    settings["method"] = {"name": "full"}
+OTHER_KINDS = {
+    "full": ({"name": "full"}, {}),
+    "text encoder": ({"name": "lora", "rank": 4, "text_encoder": "lora"}, {}),
+    "given frames": ({"name": "lora", "rank": 4}, {"task": "image-to-video"}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_of_runs_resume_to_the_bit(settings, tmp_path, kind):
+    settings["method"], model = OTHER_KINDS[kind]
+    settings["model"] |= model
     settings["optimizer"]["lr_scheduler"] = "constant"
     assert train(settings, tmp_path, "whole")[0] == 0
     assert train(settings, tmp_path, "halves", "training.steps=5")[0] == 0

@@ -83,7 +83,7 @@ def test_the_lora_file_gives_what_was_trained(settings, tmp_path, model):
     compared = 0
     for name, module in pipeline.transformer.named_modules():
         if hasattr(module, "scaling"):
-            a, b = (trained[f"{name}.lora_{part}.default.weight"] for part in "AB")
+            a, b = (trained[f"transformer.{name}.lora_{part}.default.weight"] for part in "AB")
             torch.testing.assert_close(module.get_delta_weight("default_0"), 24 / 4 * b @ a)
             compared += 1
     assert compared == 2 * 2 * 4, "two blocks, two attentions, four projections"
@@ -109,6 +109,23 @@ def test_the_same_config_gives_the_same_run(settings, tmp_path):
     settings["output"] = str(tmp_path / "other")
     assert run(["train", write_config(tmp_path / "c.yaml", **settings)], tmp_path / "log")[0] == 0
     assert exact_rows(Path(settings["output"])) != rows[0]
+
+
+def test_a_step_is_the_same_however_it_is_cut_into_batches(settings, tmp_path):
+    """Four samples at once, by two, or one by one: the same noise levels, and so the same losses but for rounding."""
+    settings["data"]["validation"] = 0.2
+    settings["validation"]["every"] = 0
+    rows = []
+    for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        settings["training"] |= {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        settings["output"] = str(tmp_path / f"run-{batch_size}")
+        code, said = run(["train", write_config(tmp_path / "c.yaml", **settings)], tmp_path / "log")
+        assert code == 0, said
+        rows.append([(row["loss"], row["grad_norm"]) for row in exact_rows(Path(settings["output"]))])
+    for other in rows[1:]:
+        assert len(other) == 8
+        for (loss, norm), (other_loss, other_norm) in zip(rows[0], other, strict=True):
+            assert (other_loss, other_norm) == (pytest.approx(loss, rel=1e-4), pytest.approx(norm, rel=1e-3))
 
 
 def test_nothing_is_encoded_twice(settings, clips, tmp_path):

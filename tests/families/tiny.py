@@ -1,26 +1,11 @@
-"""A tiny model folder for every family, written to disk as a normal diffusers folder, so that the real loaders run."""
+"""A tiny model folder for every variant and task of every family, so that the real loaders and the detection run."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from __future__ import annotations
 
-from finetrainers.demo.model import write_tiny_ltx
+from tests.examples import mochi_model
+from tests.families import cogvideox_models, hunyuan_models, ltx_models, wan_models
+from tests.families.rows import Row
 
-
-@dataclass(frozen=True)
-class TinyModel:
-    """One row: how to write it, and what it is."""
-
-    family: str
-    write: Callable[[Path], Path]
-    bucket: str
-    """A size that it takes, small and not square, so that height and width cannot be mixed up."""
-    pipeline: str
-    """The diffusers class that must load what is trained."""
-
-
-TINY = {
-    "ltx-0.9.0": TinyModel("ltx", write_tiny_ltx, "17x64x96", "LTXPipeline"),
-    "ltx-0.9.5": TinyModel("ltx", partial(write_tiny_ltx, causal=True), "17x64x96", "LTXConditionPipeline"),
-}
+OURS: dict[str, Row] = {**cogvideox_models.ROWS, **hunyuan_models.ROWS, **ltx_models.ROWS, **wan_models.ROWS}
+TINY: dict[str, Row] = {**OURS, **mochi_model.ROWS}
+"""With the example of a family from outside the package, which keeps the same promises."""
