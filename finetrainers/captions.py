@@ -19,6 +19,8 @@ class TokenReport:
     num_captions: int
     num_tokens: int
     num_unknown: int
+    unknown_characters: float
+    """Share of the captions' characters that the unknown tokens stand for."""
     num_lost: int
     """Tokens beyond the model's length."""
     num_cut: int
@@ -39,12 +41,15 @@ class TokenReport:
 def count_captions(family: Family, tokenizers: Mapping[str, Any], captions: Sequence[str]) -> TokenReport:
     """Count over captions, each as often as it is given."""
     counts = family.count_tokens(tokenizers, captions)
+    num_characters = sum(len(caption) for caption in captions)
+    hidden = sum(len(caption) * count.unknown_share for caption, count in zip(captions, counts, strict=True))
     cut = [caption for caption, count in zip(captions, counts, strict=True) if count.num_tokens > count.limit]
     strange = [caption for caption, count in zip(captions, counts, strict=True) if count.num_unknown]
     return TokenReport(
         num_captions=len(captions),
         num_tokens=sum(count.num_tokens for count in counts),
         num_unknown=sum(count.num_unknown for count in counts),
+        unknown_characters=hidden / max(num_characters, 1),
         num_lost=sum(max(count.num_tokens - count.limit, 0) for count in counts),
         num_cut=len(cut),
         limit=min((count.limit for count in counts), default=0),
@@ -64,7 +69,7 @@ def report_captions(family: Family, tokenizers: Mapping[str, Any], captions: Seq
         )
     if report.num_unknown:
         logger.warning(
-            "%.1f %% of the captions' tokens are unknown to the model's tokenizer, which cannot tell them apart; the "
-            "first caption with one: %.80s",
-            *(100 * report.unknown_share, report.first_unknown),
+            "%.1f %% of the captions' tokens, which stand for %.1f %% of their characters, are unknown to the model's "
+            "tokenizer, which cannot tell them apart; the first caption with one: %.80s",
+            *(100 * report.unknown_share, 100 * report.unknown_characters, report.first_unknown),
         )

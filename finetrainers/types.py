@@ -76,6 +76,20 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class TokenCount:
+    """What a tokenizer made of one caption."""
+
+    num_tokens: int
+    """Before it is cut."""
+    num_unknown: int
+    """Tokens that stand for text the tokenizer does not know."""
+    unknown_share: float
+    """Of the caption's characters; a single unknown token may stand for a whole sentence."""
+    limit: int
+    """Tokens that the model reads; what is beyond is cut off."""
+
+
+@dataclass(frozen=True)
 class Media:
     """What a file's header says of its picture stream, seen as a viewer sees it (rotation applied)."""
 

@@ -60,6 +60,8 @@ def test_counts_of_one_caption(family, case):
     assert (report.num_captions, report.limit) == (1, LIMIT)
     assert (report.num_tokens, report.num_unknown) == (num_tokens, num_unknown)
     assert report.unknown_share == pytest.approx(num_unknown / num_tokens)
+    strange = sum(not character.isspace() and character not in KNOWN for character in caption)
+    assert report.unknown_characters == pytest.approx(strange / max(len(caption), 1))
     lost = max(num_tokens - LIMIT, 0)
     assert (report.num_lost, report.num_cut) == (lost, int(lost > 0))
     assert report.lost_share == pytest.approx(lost / num_tokens)
@@ -83,7 +85,7 @@ def test_counts_add_up_over_captions(family):
 SAID: dict[str, tuple[list[str], list[list[str]]]] = {
     "nothing wrong": (["English", "nothing", "as long as the model reads"], []),
     "cut": (["English", "a token longer"], [["1 of 2 captions", "than the 128 tokens", "x" * 80]]),
-    "unknown": (["Arabic"], [["% of the captions' tokens are unknown", CAPTIONS["Arabic"]]]),
+    "unknown": (["Arabic"], [["% of the captions' tokens, which stand for", "are unknown", CAPTIONS["Arabic"]]]),
     "both": (
         ["much longer", "Chinese"],
         [["1 of 2 captions", "a long story"], ["unknown", CAPTIONS["Chinese"]]],

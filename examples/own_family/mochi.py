@@ -11,8 +11,8 @@ from torch import Tensor
 
 from finetrainers.errors import UserError
 from finetrainers.families import parts
-from finetrainers.families.base import TEXT_TO_VIDEO, Family, SamplingOptions, TokenCount
-from finetrainers.types import Bucket
+from finetrainers.families.base import TEXT_TO_VIDEO, Family, SamplingOptions
+from finetrainers.types import Bucket, TokenCount
 
 # Shape suffixes: B batch, C channels, F frames, H height, W width, L text tokens.
 
@@ -80,9 +80,7 @@ class Mochi(Family):
         return -answer_BCFHW.float()
 
     def load_video_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        vae = parts.load_network("AutoencoderKLMochi", self.folder, "vae", dtype)
-        vae.use_tiling = self.vae_tiling
-        return {"vae": vae.requires_grad_(False).eval().to(device)}
+        return {"vae": parts.load_vae("AutoencoderKLMochi", self.folder, device, dtype, tiling=self.vae_tiling)}
 
     @torch.no_grad()
     def encode_video(self, encoders: Mapping[str, Any], video_FCHW: Tensor) -> dict[str, Tensor]:
@@ -93,9 +91,6 @@ class Mochi(Family):
         mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
         scale = vae.config.scaling_factor / std
         return {"mean": posterior.mean[0], "logvar": posterior.logvar[0], "shift": mean, "scale": scale}
-
-    def load_tokenizers(self) -> dict[str, Any]:
-        return {"tokenizer": parts.load_tokenizer(self.folder)}
 
     def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         return {"text_encoder": parts.load_encoder("T5EncoderModel", self.folder, "text_encoder", device, dtype)}
@@ -144,6 +139,3 @@ class Mochi(Family):
             **prompt,
         ).frames[0]
         return parts.frames_out(frames_FCHW)
-
-    def prompt_arguments(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return parts.batched(text, negative)

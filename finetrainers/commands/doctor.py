@@ -44,7 +44,8 @@ def check_captions(config: RunConfig) -> None:
     captions = [" ".join(filter(None, (config.data.trigger, record.caption))) for record in records]
     report = count_captions(family, family.load_tokenizers(), captions)
     print(f"captions: {report.num_captions}, of {report.num_tokens:,} tokens")
-    print(f"  unknown to the tokenizer: {report.unknown_share:.1%}" + _example(report.first_unknown))
+    hidden = f"{report.unknown_share:.1%}, standing for {report.unknown_characters:.1%} of the characters"
+    print(f"  unknown to the tokenizer: {hidden}" + _example(report.first_unknown))
     lost = f"{report.lost_share:.1%}, in {report.num_cut} captions"
     print(f"  beyond the {report.limit} tokens that the model reads: {lost}" + _example(report.first_cut))
 

@@ -24,10 +24,10 @@ def plan(config: RunConfig, *, json: bool) -> int:
     dataset = open_dataset(config.data, FileIndex(folder / "files.json"), phase_progress)
     method = build_method(family, config)
     with torch.device("meta"):
-        models = family.build_transformers()
+        models = method.build()
         trained = method.attach(models, seed=0)
-    for model in models.values():
-        if config.training.gradient_checkpointing:
+    for name, model in models.items():
+        if config.training.gradient_checkpointing and name.startswith("transformer"):
             cast(Any, model).enable_gradient_checkpointing()
     condition = max(resolved_conditions(config), key=lambda entry: entry[1])[0]
     made = plan_run(

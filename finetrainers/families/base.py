@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from finetrainers.families.parts import load_tokenizer
 from finetrainers.hashing import digest, file_digest, folder_digest
-from finetrainers.types import Bucket, Condition
+from finetrainers.types import Bucket, Condition, TokenCount
 
 # Shape suffixes: B batch, C channels, F frames, H height, W width, L text tokens, D features.
 
@@ -30,18 +31,6 @@ class SamplingOptions:
     """None takes the family's own."""
     fps: float
     seed: int
-
-
-@dataclass(frozen=True)
-class TokenCount:
-    """What a tokenizer made of one caption."""
-
-    num_tokens: int
-    """Before it is cut."""
-    num_unknown: int
-    """Tokens that stand for text the tokenizer does not know."""
-    limit: int
-    """Tokens that the model reads; what is beyond is cut off."""
 
 
 class Family(ABC):
@@ -229,9 +218,10 @@ class Family(ABC):
         """Whether the text encoder is shown the first frame as well, so that a caption's embedding is a clip's own."""
         return False
 
-    @abstractmethod
     def load_tokenizers(self) -> dict[str, Any]:
-        """Tokenizers (and image processors of text encoders that see) by name."""
+        """Tokenizers (and image processors of text encoders that see) by name; the one of `tokenizer/` unless said
+        otherwise."""
+        return {"tokenizer": load_tokenizer(self.folder)}
 
     @abstractmethod
     def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -281,9 +271,10 @@ class Family(ABC):
         `prompt_arguments` made of embedded text; `image` (PIL, or a list of them for a longer beginning) and
         `last_image` (PIL) are frames that are given."""
 
-    @abstractmethod
     def prompt_arguments(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Embedded texts (batch of one) as the pipeline's call takes them."""
+        """Embedded texts (batch of one) as the pipeline's call takes them: under the names of `embed`, the negative
+        ones with `negative_` before them, unless said otherwise."""
+        return {**text, **{f"negative_{name}": tensor for name, tensor in negative.items()}}
 
     # Files.
 

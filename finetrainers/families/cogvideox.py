@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finetrainers.errors import UserError
-from finetrainers.families.base import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Family, SamplingOptions, TokenCount
+from finetrainers.families.base import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Family, SamplingOptions
 from finetrainers.families.cogvideox_positions import (
     FRAMES,
     SPACE,
@@ -24,19 +24,18 @@ from finetrainers.families.cogvideox_positions import (
     rotary_positions,
 )
 from finetrainers.families.parts import (
-    batched,
     build_network,
     count_tokens,
     frames_out,
     load_encoder,
     load_network,
-    load_tokenizer,
+    load_vae,
     pad_tokens,
     refuse_bucket,
     to_pixels,
 )
 from finetrainers.latents import draw_latents
-from finetrainers.types import Bucket, Condition
+from finetrainers.types import Bucket, Condition, TokenCount
 
 # Shape suffixes: N draws, B batch, C channels, F frames, H height, W width, L text tokens, D features.
 
@@ -189,11 +188,7 @@ class CogVideoX(Family):
         return answer_BFCHW.float().transpose(1, 2)
 
     def load_video_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        vae = load_network("AutoencoderKLCogVideoX", self.folder, "vae", dtype)
-        vae.requires_grad_(False).eval().to(device)
-        if self.vae_tiling:
-            vae.enable_tiling()
-        return {"vae": vae}
+        return {"vae": load_vae("AutoencoderKLCogVideoX", self.folder, device, dtype, tiling=self.vae_tiling)}
 
     @torch.no_grad()
     def encode_video(self, encoders: Mapping[str, Any], video_FCHW: Tensor) -> dict[str, Tensor]:
@@ -263,9 +258,6 @@ class CogVideoX(Family):
         moments = {**encoded, "mean": encoded["mean"][which], "logvar": encoded["logvar"][which]}
         return {"image_latents": draw_latents(moments, generator)}
 
-    def load_tokenizers(self) -> dict[str, Any]:
-        return {"tokenizer": load_tokenizer(self.folder)}
-
     def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         return {"text_encoder": load_encoder("T5EncoderModel", self.folder, "text_encoder", device, dtype)}
 
@@ -284,9 +276,6 @@ class CogVideoX(Family):
 
     def blank_text(self) -> dict[str, Tensor]:
         return {"prompt_embeds": torch.zeros(self.max_text_tokens, self._config["text_embed_dim"])}
-
-    def prompt_arguments(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return batched(text, negative)
 
     def _scheduler(self) -> Any:
         import diffusers

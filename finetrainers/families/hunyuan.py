@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from finetrainers.families import hunyuan_text
-from finetrainers.families.base import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Family, SamplingOptions, TokenCount
+from finetrainers.families.base import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Family, SamplingOptions
 from finetrainers.families.parts import (
-    batched,
     build_network,
     frames_out,
     load_encoder,
     load_network,
+    load_vae,
     put_given,
     refuse_bucket,
     to_pixels,
 )
 from finetrainers.families.rope import StretchedRope
 from finetrainers.hashing import digest
-from finetrainers.types import Bucket, Condition
+from finetrainers.types import Bucket, Condition, TokenCount
 
 # Shape suffixes: B batch, C channels, F frames, H height, W width.
 
@@ -174,11 +174,7 @@ class HunyuanVideo(Family):
         return answer_BCFHW.float()
 
     def load_video_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        vae = load_network("AutoencoderKLHunyuanVideo", self.folder, "vae", dtype)
-        vae.requires_grad_(False).eval().to(device)
-        if self.vae_tiling:
-            vae.enable_tiling()
-        return {"vae": vae}
+        return {"vae": load_vae("AutoencoderKLHunyuanVideo", self.folder, device, dtype, tiling=self.vae_tiling)}
 
     @torch.no_grad()
     def encode_video(self, encoders: Mapping[str, Any], video_FCHW: Tensor) -> dict[str, Tensor]:
@@ -336,9 +332,6 @@ class HunyuanVideo(Family):
             **prompt,
         ).frames[0]
         return frames_out(frames_FCHW)
-
-    def prompt_arguments(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return batched(text, negative)
 
 
 def _num_latents(num_frames: int) -> int:

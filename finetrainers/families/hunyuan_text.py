@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from finetrainers.errors import UserError
-from finetrainers.families.base import TokenCount
-from finetrainers.families.parts import load_tokenizer, pad_tokens
+from finetrainers.families.parts import count_tokens, load_tokenizer, pad_tokens
+from finetrainers.types import TokenCount
 
 # Shape suffixes: B batch, L tokens as written, K tokens kept for the transformer, C channels, H height, W width.
 
@@ -132,8 +132,7 @@ def count_caption_tokens(tokenizer: Any, captions: Sequence[str], *, sees_image:
     """Llama's tokens of each caption by itself. Behind a caption that is cut, the image-to-video pipeline cuts as many
     tokens again as the assistant's header has."""
     limit = NUM_CAPTION_TOKENS - ASSISTANT * sees_image
-    listed = tokenizer(list(captions), add_special_tokens=False, verbose=False).input_ids
-    return [TokenCount(len(ids), ids.count(tokenizer.unk_token_id), limit) for ids in listed]
+    return count_tokens(tokenizer, captions, limit, add_special_tokens=False)
 
 
 def _fill_template(tokenizer: Any, captions: Sequence[str], template: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -10,22 +10,21 @@ import torch
 from torch import Tensor
 
 from finetrainers.errors import UserError
-from finetrainers.families.base import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Family, SamplingOptions, TokenCount
+from finetrainers.families.base import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Family, SamplingOptions
 from finetrainers.families.parts import (
-    batched,
     build_network,
     count_tokens,
     frames_out,
     load_encoder,
     load_network,
-    load_tokenizer,
+    load_vae,
     pad_tokens,
     put_given,
     refuse_bucket,
     to_pixels,
 )
 from finetrainers.latents import draw_latents
-from finetrainers.types import Bucket, Condition
+from finetrainers.types import Bucket, Condition, TokenCount
 
 # Shape suffixes: B batch, C channels, F frames, H height, W width, S video tokens, L text tokens, D features.
 
@@ -105,10 +104,8 @@ class LTXVideo(Family):
         return {"transformer": load_network("LTXVideoTransformer3DModel", self.folder, "transformer", dtype)}
 
     def load_video_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        vae = load_network("AutoencoderKLLTXVideo", self.folder, "vae", dtype)
-        vae.requires_grad_(False).eval().to(device)
+        vae = load_vae("AutoencoderKLLTXVideo", self.folder, device, dtype, tiling=self.vae_tiling)
         if self.vae_tiling:
-            vae.enable_tiling()
             # Encoding looks at the flag for decoding (diffusers 0.42), so both are set.
             vae.use_framewise_encoding = vae.use_framewise_decoding = True
         return {"vae": vae}
@@ -166,9 +163,6 @@ class LTXVideo(Family):
         frames = torch.arange(latents_CFHW.shape[1], device=latents_CFHW.device) < num_first
         last = {"last": draw_latents(encoded, generator)} if condition.num_last else {}
         return {"frames": frames, "latents": latents_CFHW, **last}
-
-    def load_tokenizers(self) -> dict[str, Any]:
-        return {"tokenizer": load_tokenizer(self.folder)}
 
     def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         return {"text_encoder": load_encoder("T5EncoderModel", self.folder, "text_encoder", device, dtype)}
@@ -299,9 +293,6 @@ class LTXVideo(Family):
             **prompt,
         ).frames[0]
         return frames_out(frames_FCHW)
-
-    def prompt_arguments(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return batched(text, negative)
 
 
 def _pack(latents_BCFHW: Tensor) -> Tensor:

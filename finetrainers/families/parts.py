@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetrainers.families.base import TokenCount
-from finetrainers.types import Bucket
+from finetrainers.types import Bucket, TokenCount
 
 # Shape suffixes: B batch, C channels, F frames, H height, W width, L text tokens, D features.
 
@@ -29,6 +28,23 @@ def load_network(class_name: str, folder: Path, part: str, dtype: torch.dtype) -
     import diffusers
 
     return getattr(diffusers, class_name).from_pretrained(folder, subfolder=part, dtype=dtype, use_safetensors=True)
+
+
+def build_encoder(folder: Path, part: str) -> torch.nn.Module:
+    """A transformers network as its config describes it, with no weights read."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder / part)
+    network: torch.nn.Module = getattr(transformers, config.architectures[0])(config)
+    return network
+
+
+def load_vae(class_name: str, folder: Path, device: torch.device, dtype: torch.dtype, *, tiling: bool) -> Any:
+    """A frozen VAE on its device."""
+    vae = load_network(class_name, folder, "vae", dtype).requires_grad_(False).eval().to(device)
+    if tiling:
+        vae.enable_tiling()
+    return vae
 
 
 def load_encoder(class_name: str, folder: Path, part: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -60,11 +76,17 @@ def pad_tokens(tokenizer: Any, captions: Sequence[str], limit: int) -> dict[str,
     return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
 
 
-def count_tokens(tokenizer: Any, captions: Sequence[str], limit: int) -> list[TokenCount]:
-    """Tokens of each caption before it is cut, and how many of them are unknown to the tokenizer."""
-    # verbose=False: transformers would warn of indexing errors, though nothing longer is given to the encoder.
-    listed = tokenizer(list(captions), verbose=False).input_ids
-    return [TokenCount(len(ids), ids.count(tokenizer.unk_token_id), limit) for ids in listed]
+def count_tokens(tokenizer: Any, captions: Sequence[str], limit: int, **options: Any) -> list[TokenCount]:
+    """Tokens of each caption before it is cut, and what of it the tokenizer does not know."""
+    counts = []
+    for caption in captions:
+        # verbose=False: transformers would warn of indexing errors, though nothing longer is given to the encoder.
+        tokens = tokenizer(caption, return_offsets_mapping=True, verbose=False, **options)
+        pairs = zip(tokens.input_ids, tokens.offset_mapping, strict=True)
+        unknown = [end - start for token, (start, end) in pairs if token == tokenizer.unk_token_id]
+        share = sum(unknown) / max(len(caption), 1)
+        counts.append(TokenCount(len(tokens.input_ids), len(unknown), share, limit))
+    return counts
 
 
 def refuse_bucket(bucket: Bucket, *, frames: int, space: int, name: str) -> str | None:
@@ -99,8 +121,3 @@ def put_given(latents_BCFHW: Tensor, given: Mapping[str, Tensor]) -> Tensor:
 def frames_out(frames_FCHW: Tensor) -> Tensor:
     """A pipeline's frames in [0, 1] as uint8 FHWC on the CPU."""
     return (frames_FCHW.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
-
-
-def batched(text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Texts under the names of a pipeline's call, which calls the negative ones `negative_...`."""
-    return {**text, **{f"negative_{name}": tensor for name, tensor in negative.items()}}

@@ -10,21 +10,20 @@ import torch
 from torch import Tensor
 
 from finetrainers.families import wan_conditions
-from finetrainers.families.base import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Family, SamplingOptions, TokenCount
+from finetrainers.families.base import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Family, SamplingOptions
 from finetrainers.families.parts import (
-    batched,
     build_network,
     count_tokens,
     frames_out,
     load_encoder,
     load_network,
-    load_tokenizer,
+    load_vae,
     pad_tokens,
     put_given,
     to_pixels,
 )
 from finetrainers.families.wan_variant import LAWS, PAIR_LAW, SINGLE_LAW, Variant, load_scheduler, read_shift
-from finetrainers.types import Bucket, Condition
+from finetrainers.types import Bucket, Condition, TokenCount
 
 # Shape suffixes: B batch, C channels, F frames, H height, W width, L text tokens, D features.
 
@@ -189,10 +188,7 @@ class Wan(Family):
 
     def load_video_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         # Meant for fp32 whatever the transformer computes in, as CLIP is.
-        vae = load_network("AutoencoderKLWan", self.folder, "vae", torch.float32)
-        vae.requires_grad_(False).eval().to(device)
-        if self.vae_tiling:
-            vae.enable_tiling()
+        vae = load_vae("AutoencoderKLWan", self.folder, device, torch.float32, tiling=self.vae_tiling)
         return {"vae": vae, **(wan_conditions.load_clip(self.folder, device) if self.gives_images else {})}
 
     @torch.no_grad()
@@ -243,9 +239,6 @@ class Wan(Family):
             return {"frames": frames, "latents": latents_CFHW}
         mask = wan_conditions.given_mask(condition, encoded["condition"], self.variant.frames)
         return {**encoded, "condition": torch.cat([mask, encoded["condition"]])}
-
-    def load_tokenizers(self) -> dict[str, Any]:
-        return {"tokenizer": load_tokenizer(self.folder)}
 
     def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         return {"text_encoder": load_encoder("UMT5EncoderModel", self.folder, "text_encoder", device, dtype)}
@@ -331,10 +324,6 @@ class Wan(Family):
             **prompt,
         ).frames[0]
         return frames_out(frames_FCHW)
-
-    @torch.no_grad()
-    def prompt_arguments(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return batched(text, negative)
 
 
 def _cleaned(captions: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetrainers.families.base import Family
+from finetrainers.families.parts import build_encoder
 from finetrainers.objectives import Objective
 from finetrainers.types import Batch
 
@@ -60,6 +61,13 @@ class Method(ABC):
         models: dict[str, nn.Module] = dict(self.family.load_transformers(self.weights_dtype))
         if self.trains_text_encoder:
             models |= self.family.load_text_encoders(device, self.weights_dtype)
+        return models
+
+    def build(self) -> dict[str, nn.Module]:
+        """The same models without their weights; meant for the meta device."""
+        models = self.family.build_transformers()
+        if self.trains_text_encoder:
+            models["text_encoder"] = build_encoder(self.family.folder, "text_encoder")
         return models
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:

@@ -61,7 +61,8 @@ def test_captions_that_the_tokenizer_does_not_know(call, clips, model, tmp_path)
     # Each word begins with a token of its own, a known character is one, a run of unknown ones is one, and the end.
     num_tokens = [3 + 14, 3 + 3, 3 + 302]
     assert f"captions: 3, of {sum(num_tokens)} tokens\n" in answer.out
-    assert f"unknown to the tokenizer: {1 / sum(num_tokens):.1%}, first in: BW 红色的圆\n" in answer.out
+    characters = f"standing for {4 / (15 + 7 + 303):.1%} of the characters"
+    assert f"unknown to the tokenizer: {1 / sum(num_tokens):.1%}, {characters}, first in: BW 红色的圆\n" in answer.out
     lost = (num_tokens[2] - 128) / sum(num_tokens)
     assert f"beyond the 128 tokens that the model reads: {lost:.1%}, in 1 captions, first in: BW xxx" in answer.out
     assert not (tmp_path / "run").exists()

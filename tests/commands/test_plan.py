@@ -10,6 +10,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.end_to_end.runs import write_config
+
 
 @pytest.fixture
 def config(model: Path, clips: Path, tmp_path: Path) -> Path:
@@ -202,3 +204,19 @@ WRONG = [
 def test_wrong_input(call, config, overrides, parts):
     refusal = call("plan", config, *overrides).refusal
     assert all(part in refusal for part in parts), refusal
+
+
+def test_a_text_encoder_that_is_trained_counts_too(call, clips, model, tmp_path):
+    """As many parameters are said to be trained as training then says."""
+    options = ["data.buckets=[9x64x96]", "method={rank: 4, text_encoder: lora}", "training.steps=0"]
+    config = write_config(
+        tmp_path / "c.yaml",
+        model={"path": str(model)},
+        data={"train": str(clips)},
+        validation={"every": 0},
+        output=str(tmp_path / "run"),
+    )
+    planned = json.loads(call("plan", config, *options, "--json").out)
+    answer = call("train", config, *options)
+    said = f"lora trains {planned['trained_parameters']:,} of {planned['parameters']:,} parameters"
+    assert answer.code == 0 and said in answer.err, answer.err
