@@ -73,7 +73,7 @@ class Encoder:
         """Cache key of a text: the text, the frame that belongs to it, the encoder's files, its type, and nothing
         else."""
         shown = _clip_facts(prompt.item) if self.family.text_sees_image and prompt.item else None
-        made_by = [self._fingerprint("text_encoder"), str(self.dtype), self.tokens_only, self.family.task]
+        made_by = [self._fingerprint("text_encoder"), str(self.dtype), self.tokens_only]
         return digest(["text", VERSION, self.family.name, made_by, prompt.text, shown])
 
     def encode_clips(self, items: Sequence[Item], samples: Sequence[Sample]) -> dict[str, str]:
@@ -145,7 +145,7 @@ class Encoder:
 
     def _sample(self, item: Item, trigger: str) -> Sample:
         caption = " ".join(part for part in (trigger, item.record.caption) if part)
-        made_by = [self._fingerprint("video_encoder"), str(self.dtype), self.family.vae_tiling, self.family.task]
+        made_by = [self._fingerprint("video_encoder"), str(self.dtype), self.family.vae_tiling]
         made_of = [VERSION, self.family.name, made_by, _clip_facts(item)]
         return Sample(
             name=item.name,

@@ -126,6 +126,12 @@ def test_a_condition_that_comes_later_leaves_the_videos(model, items, tmp_path):
     assert (counts.videos, counts.conditions, counts.loads) == (0, 0, 0)
 
 
+def test_text_to_video_shares_what_image_to_video_encoded(model, items, tmp_path):
+    encoded(items, model, tmp_path / "cache", **IMAGE_TO_VIDEO)
+    _, counts = encoded(items, model, tmp_path / "cache", task="text-to-video")
+    assert (counts.videos, counts.conditions, counts.texts, counts.loads) == (0, 0, 0, 0)
+
+
 def test_a_still_image_has_no_condition(model, items, tmp_path):
     still = [replace(item, bucket=Bucket(1, 64, 96), window=replace(item.window, num_frames=1)) for item in items]
     data, counts = encoded(still, model, tmp_path / "cache", **IMAGE_TO_VIDEO)

@@ -43,10 +43,19 @@ def open_dataset(
     records = [record for source in options.train for record in read_source(source.path)]
     held_out_path = options.validation if isinstance(options.validation, str) else None
     held_out_records = read_source(held_out_path) if held_out_path else []
+    always_given = sum(share for name, share in (options.conditions or {}).items() if name != "none") > 1 - 1e-6
 
     def look(some: Sequence[Record]) -> tuple[list[Item], list[Problem]]:
         with progress("looking at clips", len(some)) as phase:
-            return scan(some, index, buckets=buckets, fps=options.fps, window=options.window, advance=phase.advance)
+            return scan(
+                some,
+                index,
+                buckets=buckets,
+                fps=options.fps,
+                window=options.window,
+                stills=not always_given,
+                advance=phase.advance,
+            )
 
     train, problems = look(records)
     held_out: list[Item] = []

@@ -33,17 +33,20 @@ def scan(
     buckets: Sequence[Bucket],
     fps: float | None,
     window: Literal["first", "middle", "all"],
+    stills: bool = True,
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[list[Item], list[Problem]]:
     """Look at each clip. What cannot be used comes back as a Problem with its reason; nothing is dropped in silence.
 
-    `advance` is called after each record.
+    `stills` is whether a single frame can be learned from. `advance` is called after each record.
     """
     items: list[Item] = []
     problems: list[Problem] = []
     for record in records:
         try:
             facts = index.look(record.path)
+            if facts.media.is_image and not stills:
+                raise UnusableClip("is a still image: once its frame is given, nothing is left to learn")
             bucket = choose_bucket(facts.media, buckets, fps)
             windows = choose_windows(facts.media, bucket, fps, window)
         except UnusableClip as error:

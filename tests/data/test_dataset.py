@@ -146,6 +146,18 @@ def test_nothing_usable_names_the_reasons(tmp_path):
     assert str(caught.value) == f"data.train holds no clip that can be used: {reasons}; and 2 more"
 
 
+SHARES = [({}, True), ({"first": 0.5}, True), ({"first": 0.5, "none": 0.5}, True), ({"first": 1.0}, False)]
+
+
+@pytest.mark.parametrize(("conditions", "are_used"), [*SHARES, ({"first": 0.6, "first_last": 0.4}, False)])
+def test_a_still_is_left_out_where_a_frame_is_always_given(clips, tmp_path, conditions, are_used):
+    images = stills(tmp_path / "stills", 2)
+    dataset = opened(tmp_path, [str(clips), str(images)], conditions=conditions)
+    assert len(dataset.train) == (7 if are_used else 5)
+    assert [problem.name for problem in dataset.problems] == ([] if are_used else ["000.png", "001.png"])
+    assert all("nothing is left to learn" in problem.reason for problem in dataset.problems)
+
+
 def test_where_the_cache_lies(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder(DataConfig(train="x"), tmp_path / "run" / "cache") == tmp_path / "run" / "cache"
