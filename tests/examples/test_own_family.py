@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from finetrainers.cli import main
+from finetrainers.demo.clips import render_clips
 from finetrainers.errors import UserError
 from finetrainers.families.base import Family, SamplingOptions
 from finetrainers.types import Bucket
+from tests.end_to_end.runs import write_config
 from tests.examples.mochi_model import ROWS
 from tests.families.parity import CPU, PROMPT, random_clip, recorded
 
@@ -83,3 +86,20 @@ def test_adapters_go_to_the_attention_of_every_block_and_nowhere_else(family):
 def test_one_step_is_refused(family):
     with pytest.raises(UserError, match="at least 2 denoising steps"):
         family.render(None, BUCKET, SamplingOptions(1, None, 30.0, seed=0), prompt=PROMPT)
+
+
+def test_plan_and_sample_take_it_too(folders, tmp_path, capsys):
+    model, own = folders["own-family"], "examples.own_family.mochi.Mochi"
+    clips = render_clips(tmp_path / "clips", 2, num_frames=14, height=32, width=48, fps=16.0).parent
+    config = write_config(
+        tmp_path / "c.yaml",
+        model={"path": str(model), "family": own},
+        data={"train": str(clips), "buckets": ["13x32x48"]},
+        output=str(tmp_path / "run"),
+    )
+    assert main(["plan", str(config)]) == 0
+    said = capsys.readouterr().out
+    assert "13x32x48: 2 samples of 18 tokens\n" in said, "its work is not counted, and nothing is made up"
+    options = ["--size", "7x32x48", "--steps", "2", "--precision", "fp32", "--output", str(tmp_path / "videos")]
+    assert main(["sample", str(model), "--family", own, "--prompt", PROMPT, *options]) == 0
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1
