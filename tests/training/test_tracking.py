@@ -1,6 +1,7 @@
 """Real trackers, offline: what they keep on disk is read back."""
 
 import json
+import multiprocessing
 import struct
 import subprocess
 import sys
@@ -80,8 +81,6 @@ def test_tensorboard_keeps_the_numbers(tmp_path: Path) -> None:
 
 
 def test_wandb_keeps_the_numbers_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import wandb
-
     for name, value in {"WANDB_SILENT": "true", "WANDB_API_KEY": "k" * 40, "HOME": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     folder = RunFolder(tmp_path / "crush")
@@ -89,9 +88,11 @@ def test_wandb_keeps_the_numbers_offline(tmp_path: Path, monkeypatch: pytest.Mon
     run(folder, Trackers(build_trackers(config, folder, settings=SETTINGS)))
     # wandb names its folders by the second.
     (folder.root / "wandb").rename(folder.root / "first")
-    # A resumed run is another process: wandb's service of this one still knows the id, and now and then drops a row.
-    wandb.teardown()
-    run(folder, Trackers(build_trackers(config, folder, settings=SETTINGS)), first=2, fails=True)
+    # A resumed run is another process; within one, wandb's service now and then drops a row of an id that it knows.
+    resumed_process = multiprocessing.get_context("spawn").Process(target=run_resumed, args=(folder, config))
+    resumed_process.start()
+    resumed_process.join(120)
+    assert resumed_process.exitcode == 0
     run_id = (folder.root / "wandb_run_id.txt").read_text().strip()
     paths = [next((folder.root / name).glob("offline-run-*/*.wandb")) for name in ("first", "wandb")]
     assert [path.name for path in paths] == [f"run-{run_id}.wandb"] * 2, "a resumed run keeps its id"
@@ -110,6 +111,11 @@ def test_wandb_keeps_the_numbers_offline(tmp_path: Path, monkeypatch: pytest.Mon
     assert (whole["exit_code"], resumed["exit_code"]) == (0, 1)
     for path in folder.root.rglob("*"):
         assert not path.is_file() or b"k" * 40 not in path.read_bytes(), f"an API key in {path.name}"
+
+
+def run_resumed(folder: RunFolder, config: TrackingConfig) -> None:
+    """The run goes on from step 2, and fails."""
+    run(folder, Trackers(build_trackers(config, folder, settings=SETTINGS)), first=2, fails=True)
 
 
 def read_wandb(path: Path) -> dict[str, Any]:
