@@ -26,6 +26,7 @@ from finetrainers.config.schema import LoraOptions, ModelConfig, ObjectiveConfig
 from finetrainers.data.cache import Cache
 from finetrainers.demo.clips import render_clips
 from finetrainers.demo.model import write_tiny_ltx
+from finetrainers.engines.single import SingleEngine
 from finetrainers.families.ltx import TARGETS
 from finetrainers.methods.lora import Lora
 from finetrainers.objectives import build_objective
@@ -76,7 +77,7 @@ class Bare:
 
     def __init__(self, trained: dict[str, torch.nn.Parameter]) -> None:
         self.trained, self.callbacks, self.device = trained, (), torch.device("cpu")
-        self.state = TrainState(step=1)
+        self.state, self.engine = TrainState(step=1), SingleEngine()
         settings = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
         self.optimizer = build_optimizer("adamw", list(trained.values()), **settings)
         self.schedule = build_schedule("constant", self.optimizer, warmup_steps=0, steps=1)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from finetrainers import __version__
@@ -55,8 +58,27 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _precompute_options(parser: argparse.ArgumentParser) -> None:
+    _config_options(parser)
+    _nproc_option(parser)
+
+
+def _nproc_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nproc", type=_positive, metavar="N", help="run N processes on this machine, through torchrun's launcher"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def _train_options(parser: argparse.ArgumentParser) -> None:
     _config_options(parser)
+    _nproc_option(parser)
     parser.add_argument(
         "--resume",
         default="auto",
@@ -116,7 +138,7 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
 
 _ADD_OPTIONS = {
     "train": _train_options,
-    "precompute": _config_options,
+    "precompute": _precompute_options,
     "plan": _plan_options,
     "sample": _sample_options,
     "models": _models_options,
@@ -135,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else WRONG_INPUT
     try:
         _set_up_logging(quiet=args.quiet)
-        return _run(args)
+        return _run(args, sys.argv[1:] if argv is None else argv)
     except UserError as error:
         return _fail(args, error, WRONG_INPUT, f"error: {error}")
     except RunError as error:
@@ -162,9 +184,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, argv: list[str]) -> int:
     """Load what the verb needs, and only then the verb's own module, which may import torch."""
-    given = {key: value for key, value in vars(args).items() if key not in ("verb", "debug", "quiet")}
+    if getattr(args, "nproc", None) is not None:
+        return importlib.import_module("finetrainers.launching").launch(argv, num_processes=args.nproc)
+    given = {key: value for key, value in vars(args).items() if key not in ("verb", "debug", "quiet", "nproc")}
     if "overrides" in given:
         from finetrainers.config.load import load_config
 
@@ -178,8 +202,26 @@ def _run(args: argparse.Namespace) -> int:
 def _fail(args: argparse.Namespace, error: BaseException, code: int, message: str) -> int:
     if args.debug:
         raise error
-    print(f"finetrainers: {message}", file=sys.stderr)
+    if _is_first_to_fail():
+        print(f"finetrainers: {message}", file=sys.stderr)
     return code
+
+
+def _is_first_to_fail() -> bool:
+    """Whether no other process that the same launcher started has said why it failed: what comes after the first error
+    is mostly its echo."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    launcher, attempt = os.getppid(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    begun = Path(f"/proc/{launcher}")
+    # With its time of birth, because the numbers of processes come again.
+    born = int(begun.stat().st_mtime) if begun.exists() else 0
+    mark = Path(tempfile.gettempdir()) / f"finetrainers-{launcher}-{born}-{attempt}.failed"
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 class _StderrHandler(logging.Handler):
@@ -194,4 +236,6 @@ def _set_up_logging(*, quiet: bool) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[_StderrHandler()], format="%(message)s", force=True)
     # It warns at import that it cannot fetch a kernel which nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("finetrainers").setLevel(logging.WARNING if quiet else logging.INFO)
+    # Of several processes the main one speaks for all.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.getLogger("finetrainers").setLevel(logging.WARNING if quiet and level == logging.INFO else level)

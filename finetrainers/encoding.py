@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import torch
 
 from finetrainers.captions import report_captions
-from finetrainers.data.cache import Cache
+from finetrainers.data.cache import Cache, Kind
 from finetrainers.data.clip import read_clip
 from finetrainers.data.dataset import Dataset
 from finetrainers.data.scan import Item
+from finetrainers.engines.base import Engine
 from finetrainers.errors import UnusableClip
 from finetrainers.families.base import Family
 from finetrainers.hashing import digest, generator_for
@@ -55,7 +56,7 @@ class Encoder:
 
     family: Family
     cache: Cache
-    device: torch.device
+    engine: Engine
     dtype: torch.dtype
     num_workers: int
     progress: OpenProgress
@@ -80,25 +81,37 @@ class Encoder:
         """Encode the clips and conditions that the cache lacks, each clip decoded once. Returns, by the clip's cache
         key, why it turned out to be unreadable."""
         wanted = dict(zip([sample.video_key for sample in samples], zip(items, samples, strict=True), strict=True))
-        missing = set(self.cache.missing("videos", wanted))
-        missing |= set(self.cache.missing("conditions", [key for s in samples for key in s.condition_keys.values()]))
+        conditions = [key for sample in samples for key in sample.condition_keys.values()]
+        missing = {*self._missing("videos", wanted), *self._missing("conditions", conditions)}
         due = {key: item for key, (item, sample) in wanted.items() if missing & {key, *sample.condition_keys.values()}}
         logger.info("videos: %d of %d are encoded already", len(wanted) - len(due), len(wanted))
-        unreadable: dict[str, str] = {}
         if not due:
-            return unreadable
-        encoders = self.family.load_video_encoders(self.device, self.dtype)
+            return {}
+        unreadable: dict[str, str] = {}
+        encoders = self.family.load_video_encoders(self.engine.device, self.dtype)
         with self.progress("encoding videos", len(due)) as progress:
-            for key, clip in self._read_ahead(due):
+            for key, clip in self._read_ahead(list(due.items())):
                 if isinstance(clip, UnusableClip):
                     unreadable[key] = str(clip)
                 else:
                     self._encode_clip(encoders, clip, wanted[key][1], missing)
                 progress.advance()
-        self.cache.remember()
         del encoders
-        _free(self.device)
-        return unreadable
+        _free(self.engine.device)
+        found = self.engine.gather(unreadable)
+        self._remember("videos", wanted)
+        self._remember("conditions", conditions)
+        return {key: reason for each in found for key, reason in each.items()}
+
+    def _missing(self, kind: Kind, keys: Iterable[str]) -> list[str]:
+        """What the main process finds missing, before any process begins to fill it."""
+        found: list[str] = self.engine.gather(self.cache.missing(kind, keys))[0]
+        return found
+
+    def _remember(self, kind: Kind, keys: Iterable[str]) -> None:
+        """Keep the checksums of what all processes wrote."""
+        if self.engine.is_main:
+            self.cache.missing(kind, keys)
 
     def _encode_clip(self, encoders: dict[str, Any], clip: Clip, sample: Sample, missing: set[str]) -> None:
         if sample.video_key in missing:
@@ -114,24 +127,35 @@ class Encoder:
     def encode_texts(self, prompts: Sequence[Prompt]) -> None:
         """Encode the texts that the cache lacks, and say how many are cut off or not understood."""
         wanted = {self.text_key(prompt): prompt for prompt in prompts}
-        missing = self.cache.missing("texts", wanted)
+        missing = self._missing("texts", wanted)
         logger.info("texts: %d of %d are encoded already", len(wanted) - len(missing), len(wanted))
         if not missing:
             return
         tokenizers = self.family.load_tokenizers()
         report_captions(self.family, tokenizers, [wanted[key].text for key in missing])
-        encoders = {} if self.tokens_only else self.family.load_text_encoders(self.device, self.dtype)
+        batches = [missing[start : start + _TEXTS_AT_ONCE] for start in range(0, len(missing), _TEXTS_AT_ONCE)]
+        encoders = self._load_text_encoders(num_loaders=len(batches))
         with self.progress("encoding texts", len(missing)) as progress:
-            for start in range(0, len(missing), _TEXTS_AT_ONCE):
-                keys = missing[start : start + _TEXTS_AT_ONCE]
-                for key, tensors in zip(
-                    keys, self._embed(tokenizers, encoders, [wanted[k] for k in keys]), strict=True
-                ):
+            numbers = self.engine.claim(len(batches))
+            for number in numbers if self.engine.rank < len(batches) else ():
+                keys = batches[number]
+                embedded = self._embed(tokenizers, encoders, [wanted[key] for key in keys])
+                for key, tensors in zip(keys, embedded, strict=True):
                     self.cache.write("texts", key, tensors)
                 progress.advance(len(keys))
-        self.cache.remember()
         del encoders
-        _free(self.device)
+        _free(self.engine.device)
+        self.engine.wait()
+        self._remember("texts", wanted)
+
+    def _load_text_encoders(self, *, num_loaders: int) -> dict[str, Any]:
+        """One process after another, since each copy passes through the host's memory; none where there is no work."""
+        encoders: dict[str, Any] = {}
+        for turn in range(min(num_loaders, self.engine.world_size)):
+            if turn == self.engine.rank and not self.tokens_only:
+                encoders = self.family.load_text_encoders(self.engine.device, self.dtype)
+            self.engine.wait()
+        return encoders
 
     @torch.no_grad()
     def _embed(
@@ -168,12 +192,13 @@ class Encoder:
             self._fingerprints[role] = self.family.fingerprint(role)
         return self._fingerprints[role]
 
-    def _read_ahead(self, wanted: Mapping[str, Item]) -> Iterator[tuple[str, Clip | UnusableClip]]:
-        """Decode clips in threads, a few ahead of the encoder, in order."""
+    def _read_ahead(self, wanted: Sequence[tuple[str, Item]]) -> Iterator[tuple[str, Clip | UnusableClip]]:
+        """Decode this process's clips in threads, a few ahead of the encoder, in order."""
         ahead: deque[tuple[str, Future[Clip | UnusableClip]]] = deque()
         pool = ThreadPoolExecutor(max(self.num_workers, 1), thread_name_prefix="decode")
         try:
-            for key, item in wanted.items():
+            for number in self.engine.claim(len(wanted)):
+                key, item = wanted[number]
                 ahead.append((key, pool.submit(_read, item)))
                 if len(ahead) > self.num_workers:
                     first, clip = ahead.popleft()

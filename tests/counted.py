@@ -17,6 +17,7 @@ from finetrainers.data.index import FileIndex
 from finetrainers.data.scan import Item, scan
 from finetrainers.data.source import read_source
 from finetrainers.encoding import EncodedDataset, Encoder, Prompt, encode_dataset
+from finetrainers.engines.single import SingleEngine
 from finetrainers.families.find import find_family
 from finetrainers.types import Bucket, Condition
 
@@ -82,7 +83,7 @@ def counting(
     return Encoder(
         family,
         Cache(cache),
-        torch.device("cpu"),
+        SingleEngine(),
         dtype,
         num_workers,
         counts.progress,

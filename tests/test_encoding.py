@@ -69,7 +69,7 @@ def test_what_lies_in_the_cache_is_what_the_family_made(model, clips, tmp_path):
     encoder = counting(counts, model, tmp_path / "cache")
     data = encode_dataset(encoder, Dataset(items, [], [], len(items)), trigger="", prompts=())
     family = encoder.family
-    texts = family.load_text_encoders(encoder.device, encoder.dtype)
+    texts = family.load_text_encoders(encoder.engine.device, encoder.dtype)
 
     def embed(caption: str) -> dict[str, torch.Tensor]:
         with torch.no_grad():

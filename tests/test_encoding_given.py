@@ -17,6 +17,7 @@ from finetrainers.data.dataset import Dataset
 from finetrainers.data.scan import Item
 from finetrainers.demo.clips import render_clips
 from finetrainers.encoding import Encoder, Prompt, encode_dataset
+from finetrainers.engines.single import SingleEngine
 from finetrainers.families.ltx import LTXVideo
 from finetrainers.types import Bucket, Condition, Sample
 from tests.counted import Counts, counting, encoded, items_of
@@ -175,7 +176,7 @@ class Seeing(LTXVideo):
 
 def encoder_of(kind: type[LTXVideo], model: Path, cache: Path, **options: Any) -> Encoder:
     family = kind(model, ModelConfig(path=str(model), task="image-to-video"))
-    return Encoder(family, Cache(cache), CPU, torch.float32, 2, Counts().progress, **options)
+    return Encoder(family, Cache(cache), SingleEngine(), torch.float32, 2, Counts().progress, **options)
 
 
 def test_what_is_drawn_for_a_condition_belongs_to_the_clip(model, items, tmp_path):

@@ -55,28 +55,32 @@ class Prepared:
 def precompute(config: RunConfig) -> int:
     """Encode everything that a run of this config needs, and say where it lies."""
     with StopSignals():
-        prepared = encode(config)
+        engine = build_engine(config.parallel.strategy)
+        prepared = encode(config, engine)
     num_samples = len(prepared.data.train) + len(prepared.data.held_out)
-    print(f"{num_samples} samples are encoded in {prepared.cache.root}")
+    if engine.is_main:
+        print(f"{num_samples} samples are encoded in {prepared.cache.root}")
+    engine.close()
     return 0
 
 
-def encode(config: RunConfig) -> Prepared:
-    """Find the family, complete the config, look at the clips, and encode what the cache lacks."""
-    engine = build_engine(config.parallel.strategy)
+def encode(config: RunConfig, engine: Engine) -> Prepared:
+    """Find the family, complete the config, look at the clips, and encode what the cache lacks, on all processes."""
     family, config = complete(config)
     run = RunFolder(config.output)
     run.root.mkdir(parents=True, exist_ok=True)
-    memory = MemoryReport(run.memory, engine.device)
+    memory = MemoryReport(run.memory if engine.is_main else None, engine.device)
     memory.phase("start")
     cache = Cache(cache_folder(config.data, run.cache))
     index = FileIndex(cache.root / "files.json")
-    dataset = open_dataset(config.data, index, phase_progress)
+    # The others then find every clip in the index.
+    with engine.main_first():
+        dataset = open_dataset(config.data, index, phase_progress)
     method = build_method(family, config)
     encoder = Encoder(
         family,
         cache,
-        engine.device,
+        engine,
         DTYPES[config.training.precision],
         config.data.num_workers,
         phase_progress,
@@ -93,7 +97,8 @@ def encode(config: RunConfig) -> Prepared:
     if problems:
         logger.warning("%d of %d clips are left out, for the reasons above", len(problems), dataset.num_clips)
     rows = (json.dumps({"name": problem.name, "reason": problem.reason}) for problem in problems)
-    write_atomically(run.problems, "".join(f"{row}\n" for row in rows))
+    if engine.is_main:
+        write_atomically(run.problems, "".join(f"{row}\n" for row in rows))
     memory.phase("after encoding")
     return Prepared(config, engine, family, run, cache, encoder, data, method, scenes, memory)
 

@@ -14,6 +14,7 @@ from finetrainers.config.load import dump_config, identity, resolved_buckets, re
 from finetrainers.config.schema import RunConfig
 from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata
 from finetrainers.encoding import Prompt
+from finetrainers.engines.build import build_engine
 from finetrainers.families.base import SamplingOptions
 from finetrainers.folder import RunFolder, write_atomically
 from finetrainers.hashing import digest, seed_for
@@ -42,9 +43,11 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
         check_trackers(config.tracking.trackers)
         check_optimizer(config.optimizer.name)
         run = RunFolder(config.output)
-        if resume == "never":
+        engine = build_engine(config.parallel.strategy)
+        if resume == "never" and engine.is_main:
             set_aside(run)
-        prepared = encode(config)
+        engine.wait()
+        prepared = encode(config, engine)
         config = prepared.config
         models, trained = load_trained(prepared)
         drawer = build_drawer(prepared, prepared.data.train)
@@ -64,7 +67,7 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
                 warmup_steps=config.optimizer.lr_warmup_steps,
                 steps=config.training.steps,
             ),
-            engine=prepared.engine,
+            engine=engine,
             callbacks=build_callbacks(prepared, checkpointer),
             stop_requested=signals.requested,
             **config.training.model_dump(include=_TRAINING_SETTINGS),
@@ -72,12 +75,16 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
         if resume != "never":
             checkpointer.resume(trainer, resume)
         # Not before: a resume that is refused must leave the earlier run's config as it was.
-        write_atomically(run.config, dump_config(config))
+        if engine.is_main:
+            write_atomically(run.config, dump_config(config))
         signals.defer()
         trainer.fit()
-        write_report(run)
+        if engine.is_main:
+            write_report(run)
+        engine.close()
         signals.raise_if_requested()
-    print(f"weights: {run.weights / 'latest'}\nreport:  {run.report}")
+    if engine.is_main:
+        print(f"weights: {run.weights / 'latest'}\nreport:  {run.report}")
     return 0
 
 
@@ -132,7 +139,11 @@ def build_drawer(prepared: Prepared, samples: list[Sample]) -> BatchDrawer:
         samples=samples,
         cache=prepared.cache,
         law=prepared.method.objective.law,
-        strata=Strata(training.seed, training.batch_size, training.gradient_accumulation_steps),
+        strata=Strata(
+            training.seed,
+            training.batch_size,
+            training.gradient_accumulation_steps * prepared.engine.world_size,
+        ),
         caption_dropout=prepared.config.data.caption_dropout,
         conditions=resolved_conditions(prepared.config),
         given=prepared.family.given,
@@ -142,15 +153,23 @@ def build_drawer(prepared: Prepared, samples: list[Sample]) -> BatchDrawer:
 def build_stream(prepared: Prepared, drawer: BatchDrawer) -> BatchStream:
     """The endless run of training batches, read ahead."""
     config = prepared.config
-    order = BatchOrder(drawer.samples, batch_size=config.training.batch_size, seed=config.training.seed)
+    training, engine = config.training, prepared.engine
+    order = BatchOrder(drawer.samples, batch_size=training.batch_size, seed=training.seed)
     logger.info(
         "%d samples in %d batches an epoch; %d steps are %.1f epochs",
         len(drawer.samples),
         order.batches_per_epoch,
-        config.training.steps,
-        config.training.steps * config.training.gradient_accumulation_steps / order.batches_per_epoch,
+        training.steps,
+        training.steps * training.gradient_accumulation_steps * engine.world_size / order.batches_per_epoch,
     )
-    return BatchStream(order, drawer, config.data.num_workers, pin_memory=prepared.engine.device.type == "cuda")
+    return BatchStream(
+        order,
+        drawer,
+        config.data.num_workers,
+        pin_memory=engine.device.type == "cuda",
+        rank=engine.rank,
+        world_size=engine.world_size,
+    )
 
 
 def build_checkpointer(prepared: Prepared) -> Checkpointer:
@@ -164,6 +183,8 @@ def build_checkpointer(prepared: Prepared) -> Checkpointer:
     # Content counts, not where it lies: a model or dataset that was moved is the same.
     for place in ("model.path", "model.revision", "model.family", "data.train", "data.validation"):
         del shared[place]
+    # Steps are compared by what they are made up of, processes included.
+    del shared["training.gradient_accumulation_steps"]
     return Checkpointer(
         prepared.run.checkpoints, every=config.checkpoint.every, keep=config.checkpoint.keep, identity=shared
     )
@@ -172,6 +193,9 @@ def build_checkpointer(prepared: Prepared) -> Checkpointer:
 def build_callbacks(prepared: Prepared, checkpointer: Checkpointer) -> list[Callback]:
     """What hangs on the loop, in the order in which it is called; the checkpoint comes last, when all else is done."""
     config, run = prepared.config, prepared.run
+    if not prepared.engine.is_main:
+        # It takes its share of a validation, and waits while a checkpoint is written.
+        return [build_validation(prepared, MetricsFile(run)), checkpointer]
     progress = ProgressLine()
     trackers = Trackers(build_trackers(config.tracking, run, settings=config.model_dump(mode="json")))
     metrics = MetricsFile(run, listeners=[progress.on_row, trackers.on_row])

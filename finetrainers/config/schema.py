@@ -238,8 +238,9 @@ class MemoryConfig(Section):
 class ParallelConfig(Section):
     """How the run is spread over processes."""
 
-    strategy: Literal["auto"] = Field("auto", json_schema_extra=FREE)
-    """`auto` runs in one process."""
+    strategy: Literal["auto", "ddp"] = Field("auto", json_schema_extra=FREE)
+    """`ddp` gives each process the whole model and its own batches. `auto` takes it where there are several processes
+    (`--nproc`, torchrun), and runs without it in one."""
 
 
 class ValidationConfig(Section):

@@ -172,36 +172,56 @@ def _stack(entries: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Ten
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A batch, and what all processes together take beside it."""
+
+    position: int
+    """Number of the batch, over all epochs and processes."""
+    epoch: int
+    batch: Batch
+    num_samples: int
+    """Samples of the batches that all processes take in this round."""
+
+
+@dataclass(frozen=True)
 class BatchStream:
-    """An endless run of batches from any position, read ahead by threads; their number never changes what comes."""
+    """An endless run of batches from any position, read ahead by threads; their number never changes what comes. Of
+    several processes each takes its own of every round of batches, so that together they see each sample once."""
 
     order: BatchOrder
     drawer: BatchDrawer
     num_workers: int
     pin_memory: bool
+    rank: int = 0
+    world_size: int = 1
 
-    def start(self, position: int) -> Iterator[tuple[int, Batch]]:
-        """Yield (epoch, batch) from batch number `position` on."""
+    def start(self, position: int) -> Iterator[Drawn]:
+        """Yield this process's batches from batch number `position` on, which begins a round."""
         if self.num_workers == 0:
             while True:
-                yield self._load(position, *self.order[position])
-                position += 1
-        ahead: deque[Future[tuple[int, Batch]]] = deque()
+                yield self._load(*self._choose(position))
+                position += self.world_size
+        ahead: deque[Future[Drawn]] = deque()
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="batches")
         try:
             while True:
                 while len(ahead) <= self.num_workers:
-                    ahead.append(pool.submit(self._load, position, *self.order[position]))
-                    position += 1
+                    ahead.append(pool.submit(self._load, *self._choose(position)))
+                    position += self.world_size
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, position: int, epoch: int, indices: tuple[int, ...]) -> tuple[int, Batch]:
+    def _choose(self, position: int) -> tuple[int, int, tuple[int, ...], int]:
+        """Position, epoch and samples of this process's batch in the round that begins here, and the round's size."""
+        sizes = [len(self.order[position + rank][1]) for rank in range(self.world_size)]
+        return position + self.rank, *self.order[position + self.rank], sum(sizes)
+
+    def _load(self, position: int, epoch: int, indices: tuple[int, ...], num_samples: int) -> Drawn:
         batch = self.drawer.draw(position, epoch, indices)
         if self.pin_memory:
             batch = map_tensors(batch, lambda tensor: tensor.pin_memory())
-        return epoch, batch
+        return Drawn(position, epoch, batch, num_samples)
 
 
 def map_tensors(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:

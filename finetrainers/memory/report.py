@@ -38,7 +38,8 @@ def allocated_gib(device: torch.device) -> float:
 class MemoryReport:
     """Writes a row per phase of a run, so that one can see which of them sets the peak."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path | None, device: torch.device) -> None:
+        """Without a path nothing is written: of several processes the main one reports."""
         self._path = path
         self._device = device
         self._begun = time.monotonic()
@@ -54,6 +55,8 @@ class MemoryReport:
             row["reserved_gib"] = torch.cuda.memory_reserved(self._device) / _GIB
             torch.cuda.reset_peak_memory_stats(self._device)
         row["seconds"] = time.monotonic() - self._begun
+        if self._path is None:
+            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

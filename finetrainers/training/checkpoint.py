@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -47,10 +48,19 @@ class Checkpointer(Callback):
         if trainer.state.step != self._saved_step:
             self.save(trainer)
         # Also where nothing was saved: a kill may have come between the last save and its pruning.
-        self._prune()
+        if trainer.engine.is_main:
+            self._prune()
 
     def save(self, trainer: Trainer) -> Path:
-        """Write `step-N`: under another name first, made durable, then renamed."""
+        """Write `step-N`, once for all processes, which wait for it."""
+        if trainer.engine.is_main:
+            self._save(trainer)
+        trainer.engine.wait()
+        self._saved_step = trainer.state.step
+        return self.folder / step_name(trainer.state.step)
+
+    def _save(self, trainer: Trainer) -> None:
+        """Under another name first, made durable, then renamed."""
         for callback in trainer.callbacks:
             callback.on_checkpoint(trainer)
         final = self.folder / step_name(trainer.state.step)
@@ -66,7 +76,6 @@ class Checkpointer(Callback):
         self._saved_step = trainer.state.step
         self._prune()
         logger.info("checkpoint %s saved", final.name)
-        return final
 
     def resume(self, trainer: Trainer, source: str) -> bool:
         """Continue from a checkpoint: `auto` takes the newest whole one, a path that one and no other.
@@ -74,14 +83,20 @@ class Checkpointer(Callback):
         Returns whether there was one. Raises UserError when the path holds none, or when the checkpoint belongs to
         another config, model or set of clips, naming what differs.
         """
-        checkpoint = self.newest_whole() if source == "auto" else _at_path(Path(source))
+        found = None
+        if trainer.engine.is_main:
+            found = self.newest_whole() if source == "auto" else _at_path(Path(source))
+        checkpoint: Path | None = trainer.engine.gather(found)[0]
         if checkpoint is None:
             return False
         state = json.loads((checkpoint / "state.json").read_text())
         _check_identity(checkpoint, state["identity"], self.identity)
+        _check_step(checkpoint, state["batches_per_step"], _batches_per_step(trainer))
         _read(trainer, checkpoint, state)
+        trainer.engine.wait()
         if checkpoint.resolve().parent == self.folder.resolve():
-            self._leave_behind(trainer.state.step)
+            if trainer.engine.is_main:
+                self._leave_behind(trainer.state.step)
             self._saved_step = trainer.state.step
         logger.info("resumed from %s", checkpoint)
         return True
@@ -154,6 +169,26 @@ def _check_identity(checkpoint: Path, saved: dict[str, Any], current: dict[str, 
         )
 
 
+def _batches_per_step(trainer: Trainer) -> dict[str, int]:
+    return {"accumulated": trainer.gradient_accumulation_steps, "processes": trainer.engine.world_size}
+
+
+def _check_step(checkpoint: Path, saved: dict[str, int], current: dict[str, int]) -> None:
+    """Steps may be made up otherwise of as many batches, which changes no number; with other processes alone the run
+    goes on with smaller or larger steps; nothing else is meant."""
+    if math.prod(saved.values()) == math.prod(current.values()):
+        return
+    said = "; ".join(f"{key} were {saved[key]} and are {current[key]}" for key in saved if saved[key] != current[key])
+    if saved["accumulated"] != current["accumulated"]:
+        raise UserError(
+            f"{checkpoint} belongs to a run of {math.prod(saved.values())} batches a step, and this one has "
+            f"{math.prod(current.values())} ({said}); set training.gradient_accumulation_steps so that they agree"
+        )
+    logger.warning(
+        "each step has %d batches now, not %d: %s", math.prod(current.values()), math.prod(saved.values()), said
+    )
+
+
 def _difference(key: str, was: Any, now: Any) -> str:
     # What is not an option is known by a digest, which tells nobody anything.
     return f"{key} was {was!r} and is {now!r}" if "." in key else f"{key} are not the same"
@@ -170,6 +205,7 @@ def _write(trainer: Trainer, folder: Path, identity: dict[str, Any]) -> None:
         "optimizer": optimizer,
         "schedule": trainer.schedule.state_dict(),
         "identity": identity,
+        "batches_per_step": _batches_per_step(trainer),
         "versions": {"torch": torch.__version__},
     }
     (folder / "state.json").write_text(json.dumps(state))

@@ -129,7 +129,8 @@ class _Line:
         self._every = max(1, total // 20)
         self._live: Progress | None = None
         console = Console(stderr=True)
-        if console.is_terminal:
+        # Of several processes on one terminal only the main one draws; the others' log is silent.
+        if console.is_terminal and logger.isEnabledFor(logging.WARNING):
             columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}")]
             # Without rich's own thread, which would redraw while a step runs; stdout belongs to the command's answer.
             self._live = Progress(*columns, console=console, auto_refresh=False, redirect_stdout=False)

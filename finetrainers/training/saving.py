@@ -30,6 +30,7 @@ class WeightsSaver(Callback):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        """Every process holds all weights, so that one of them writes."""
         step = trainer.state.step
         temporary = self.folder.begin(step)
         trainer.method.save(trainer.models, temporary)

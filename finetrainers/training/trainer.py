@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from finetrainers.data.batch import BatchStream, map_tensors
-from finetrainers.engines.base import Engine
+from finetrainers.data.batch import BatchStream, Drawn, map_tensors
+from finetrainers.engines.base import Engine, Loss
 from finetrainers.hashing import seed_for
 from finetrainers.methods.base import Method
 from finetrainers.training.callback import Callback
@@ -38,6 +38,11 @@ class Trainer:
     seed: int
     stop_requested: Callable[[], bool] = lambda: False
     state: TrainState = field(default_factory=TrainState)
+    _asked: bool = field(default=False, init=False)
+    _spread: Loss = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._spread = self.engine.spread(functools.partial(self.method.loss, self.models), self.models)
 
     @property
     def device(self) -> torch.device:
@@ -45,8 +50,8 @@ class Trainer:
 
     @property
     def stopping(self) -> bool:
-        """Whether the run ends before its last step because it was asked to."""
-        return self.stop_requested() and self.state.step < self.steps
+        """Whether the run ends before its last step because a process of it was asked to."""
+        return self._asked and self.state.step < self.steps
 
     def fit(self) -> None:
         """Train from `state` to the last step. The callbacks are closed however it ends."""
@@ -55,7 +60,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(self)
             self.set_training(True)
-            while self.state.step < self.steps and not self.stop_requested():
+            while self.state.step < self.steps and not self._is_asked_to_stop():
                 outcome = self.step(stream)
                 for callback in self.callbacks:
                     callback.on_step_end(self, outcome)
@@ -65,37 +70,45 @@ class Trainer:
             for callback in self.callbacks:
                 callback.close()
 
-    def step(self, stream: Iterator[tuple[int, Batch]]) -> StepOutcome:
-        """One optimizer step over `gradient_accumulation_steps` batches, each sample weighing the same."""
+    def step(self, stream: Iterator[Drawn]) -> StepOutcome:
+        """One optimizer step over `gradient_accumulation_steps` batches of each process, each sample weighing the
+        same."""
         begun = time.perf_counter()
         drawn = [next(stream) for _ in range(self.gradient_accumulation_steps)]
         data_time = time.perf_counter() - begun
-        # The only draws not made with the batch are a method's own, such as LoRA dropout.
-        self.engine.generator.manual_seed(seed_for(self.seed, "step", self.state.step))
-        num_samples = sum(batch.size for _, batch in drawn)
+        num_samples = sum(each.num_samples for each in drawn)
         shares = []
-        for _, batch in drawn:
-            share = self.loss(batch).sum() / num_samples
-            self.engine.backward(share)
+        for each in drawn:
+            # The only draws not made with the batch are a method's own, such as LoRA dropout.
+            self.engine.generator.manual_seed(seed_for(self.seed, "pass", each.position))
+            with self.engine.accumulate(is_last=each is drawn[-1]):
+                share = self._spread(self._to_device(each.batch)).sum() / num_samples
+                self.engine.backward(share)
             shares.append(share.detach())
         lr = self.optimizer.param_groups[0]["lr"]
         grad_norm = self.engine.clip_grad_norm(list(self.trained.values()), self.max_grad_norm)
         self.engine.step(self.optimizer)
         self.schedule.step()
         self.state.step += 1
-        self.state.batches += len(drawn)
+        self.state.batches += len(drawn) * self.engine.world_size
         self.state.samples += num_samples
         return StepOutcome(
             step=self.state.step,
-            epoch=drawn[0][0],
-            loss=functools.reduce(torch.add, shares),
+            epoch=drawn[0].epoch,
+            loss=self.engine.sum(functools.reduce(torch.add, shares)),
             grad_norm=grad_norm,
             lr=lr,
             step_time=time.perf_counter() - begun,
             data_time=data_time,
             num_samples=num_samples,
-            num_tokens=sum(batch.num_tokens for _, batch in drawn),
+            # Of this process; the others' are as many but for the last batches of an epoch.
+            num_tokens=sum(each.batch.num_tokens for each in drawn) * self.engine.world_size,
         )
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether any process was, so that all end after the same step."""
+        self._asked = self.engine.any(self.stop_requested())
+        return self._asked
 
     def set_training(self, training: bool) -> None:
         """Switch what is random in a forward pass, such as dropout, on or off."""
@@ -104,6 +117,8 @@ class Trainer:
             model.train(training and name.startswith("transformer"))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Loss of each sample of a batch [B], on the device."""
-        batch = map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
-        return self.method.loss(self.models, batch)
+        """Loss of each sample of a batch [B], on the device; of this process alone."""
+        return self.method.loss(self.models, self._to_device(batch))
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))

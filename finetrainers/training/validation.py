@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +44,14 @@ class HeldOutLoss:
         return [low + (high - low) * (level + 0.5) / self.num_levels for level in range(self.num_levels)]
 
     def measure(self, trainer: Trainer) -> float:
-        """The mean, with the models as they are now. Each noise level is a pass of its own, to need no more memory than
-        a step of batch size 1."""
-        losses = [
-            trainer.loss(self.drawer.fixed(index, level))
-            for index in range(len(self.drawer.samples))
-            for level in self.levels
-        ]
-        return torch.cat(losses).double().mean().item()
+        """The mean, with the models as they are now; every process takes its share. Each noise level is a pass of its
+        own, to need no more memory than a step of batch size 1."""
+        rank, world_size = trainer.engine.rank, trainer.engine.world_size
+        passes = [(index, level) for index in range(len(self.drawer.samples)) for level in self.levels]
+        losses = [trainer.loss(self.drawer.fixed(*each)) for each in passes[rank::world_size]]
+        shares = trainer.engine.gather(torch.cat(losses).tolist() if losses else [])
+        # In the order of one process, so that their number does not change the sum.
+        return statistics.fmean(shares[number % world_size][number // world_size] for number in range(len(passes)))
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,9 @@ class Validation(Callback):
         self.videos = videos
 
     def on_start(self, trainer: Trainer) -> None:
-        if self._is_due(trainer.state.step) and not self._is_done(trainer.state.step):
+        # What is on disk the main process knows.
+        is_done = trainer.engine.gather(trainer.engine.is_main and self._is_done(trainer.state.step))[0]
+        if self._is_due(trainer.state.step) and not is_done:
             self._validate(trainer)
 
     def on_step_end(self, trainer: Trainer, outcome: StepOutcome) -> None:
@@ -149,8 +152,9 @@ class Validation(Callback):
             if self.held_out is not None:
                 metrics["validation_loss"] = self.held_out.measure(trainer)
                 logger.info("step %d: validation loss %.5f", trainer.state.step, metrics["validation_loss"])
-            if self.videos is not None:
+            if self.videos is not None and trainer.engine.is_main:
                 videos = self.videos.render(trainer)
+        trainer.engine.wait()
         trainer.set_training(True)
         for callback in trainer.callbacks:
             callback.on_validation(trainer, metrics, videos)

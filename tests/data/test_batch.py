@@ -356,11 +356,30 @@ def test_workers_and_start_never_change_a_batch(drawer, num_workers, position):
     drawer = replace(drawer, strata=Strata(5, 2, 3), conditions=[(FIRST, 0.5), (NONE, 0.5)])
     order = BatchOrder(drawer.samples, batch_size=2, seed=5)
     batches = stream(drawer, num_workers).start(position)
-    for number, (epoch, batch) in enumerate(islice(batches, 12 - position), start=position):
+    for number, drawn in enumerate(islice(batches, 12 - position), start=position):
         expected_epoch, indices = order[number]
-        assert epoch == expected_epoch == number // 4
-        assert_equal(batch, drawer.draw(number, epoch, indices))
+        assert drawn.epoch == expected_epoch == number // 4
+        assert (drawn.position, drawn.num_samples) == (number, len(indices))
+        assert_equal(drawn.batch, drawer.draw(number, drawn.epoch, indices))
     batches.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_processes_share_out_what_one_would_take(drawer, num_workers, world_size):
+    """Every batch of each round once, and all know how many samples the round has; also across the ends of epochs."""
+    alone = list(islice(stream(drawer, 0).start(0), 6 * world_size))
+    shares = [
+        list(islice(replace(stream(drawer, num_workers), rank=rank, world_size=world_size).start(0), 6))
+        for rank in range(world_size)
+    ]
+    for number in range(6):
+        together = [share[number] for share in shares]
+        expected = alone[number * world_size : (number + 1) * world_size]
+        assert {each.num_samples for each in together} == {sum(each.batch.size for each in expected)}
+        for ours, theirs in zip(together, expected, strict=True):
+            assert (ours.position, ours.epoch) == (theirs.position, theirs.epoch)
+            assert_equal(ours.batch, theirs.batch)
 
 
 def reader_threads() -> set[threading.Thread]:
@@ -394,7 +413,7 @@ def test_an_error_in_a_worker_surfaces(drawer, num_workers, tmp_path):
     before = reader_threads()
     batches = BatchStream(order, broken, num_workers, pin_memory=False).start(0)
     for number in range(bad):
-        assert next(batches)[1].names == tuple(samples[index].name for index in order[number][1])
+        assert next(batches).batch.names == tuple(samples[index].name for index in order[number][1])
     with pytest.raises(FileNotFoundError, match=digest(["video", 99])):
         next(batches)
     assert_threads_end(before)

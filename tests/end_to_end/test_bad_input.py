@@ -125,9 +125,9 @@ def test_exit_codes_of_the_command_line(capsys, arguments, code):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_many_processes_are_refused_rather_than_run_side_by_side(settings, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "2 processes" in answer(capsys, write_config(tmp_path / "c.yaml", **settings))
+def test_an_engine_for_many_processes_is_refused_in_one(settings, tmp_path, capsys):
+    config = write_config(tmp_path / "c.yaml", **settings)
+    assert "start them with --nproc N or torchrun" in answer(capsys, config, "parallel.strategy=ddp")
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """Checkpoints are whole or absent at every moment of their writing, pruned, and complete in what they hold."""
 
 import json
+import logging
 import os
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from finetrainers.errors import UserError
 from finetrainers.folder import steps_in
 from finetrainers.hashing import file_digest
-from finetrainers.training.checkpoint import COMPLETE, Checkpointer, find_damage
+from finetrainers.training.checkpoint import COMPLETE, Checkpointer, _check_step, find_damage
 from finetrainers.training.random_state import read_random_state, seed_random_state, write_random_state
 from tests.families.tiny import TINY
 from tests.training.tiny_run import full, lora, make_batch, make_trainer
@@ -71,7 +73,7 @@ def test_what_a_checkpoint_holds(model, tmp_path):
     assert load_file(folder / "trained.safetensors").keys() == trainer.trained.keys()
     state = json.loads((folder / "state.json").read_text())
     assert state["train"] == {"step": 6, "batches": 6, "samples": 10}
-    assert state.keys() == {"train", "optimizer", "schedule", "identity", "versions"}
+    assert state.keys() == {"train", "optimizer", "schedule", "identity", "batches_per_step", "versions"}
     assert load_file(folder / "random.safetensors").keys() == {
         "python",
         "python_gauss",
@@ -218,3 +220,24 @@ def test_killed_at_every_call_that_writes(model, tmp_path, call):
         assert not killed_at(model, folder, call, 10**9)
         assert [path.name for path in folder.iterdir()] == ["step-00000002"]
     assert found > 1 or call in ("unlink", "rmdir")
+
+
+STEPS = [
+    # Accumulated batches and processes of the run that is gone on from, and of this one; None goes on without a word.
+    ((4, 1), (2, 2), None),
+    ((1, 4), (4, 1), None),
+    ((2, 4), (2, 2), "each step has 4 batches now, not 8: processes were 4 and are 2"),
+]
+
+
+@pytest.mark.parametrize(("saved", "current", "said"), STEPS)
+def test_processes_may_change(caplog, saved, current, said):
+    with caplog.at_level(logging.WARNING, "finetrainers"):
+        made = (dict(zip(("accumulated", "processes"), counts, strict=True)) for counts in (saved, current))
+        _check_step(Path("step-1"), *made)
+    assert [record.getMessage() for record in caplog.records] == ([said] if said else [])
+
+
+def test_another_accumulation_is_refused_where_processes_do_not_make_up_for_it():
+    with pytest.raises(UserError, match=r"8 batches a step, and this one has 6 \(accumulated were 2 and are 3"):
+        _check_step(Path("step-1"), {"accumulated": 2, "processes": 4}, {"accumulated": 3, "processes": 2})

@@ -13,6 +13,7 @@ from finetrainers.data.index import FileIndex
 from finetrainers.data.scan import scan
 from finetrainers.data.source import read_source
 from finetrainers.demo.clips import render_clips
+from finetrainers.engines.single import SingleEngine
 from finetrainers.training.validation import HeldOutLoss, given_images
 from finetrainers.types import Bucket, Condition
 
@@ -36,7 +37,7 @@ def test_each_clip_is_measured_at_each_level_alone():
 
     drawer = SimpleNamespace(samples=["a", "b", "c"], fixed=lambda index, level: (index, level))
     held_out = HeldOutLoss(drawer, 2, (0.5, 1.0))
-    measured = held_out.measure(SimpleNamespace(loss=loss))
+    measured = held_out.measure(SimpleNamespace(loss=loss, engine=SingleEngine()))
     assert seen == [(index, level) for index in range(3) for level in (0.625, 0.875)]
     assert measured == pytest.approx(10.0 + 0.75)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from finetrainers.config.schema import FullOptions, LoraOptions, ModelConfig, ObjectiveConfig
+from finetrainers.data.batch import Drawn
 from finetrainers.engines.single import SingleEngine
 from finetrainers.families.find import find_family
 from finetrainers.families.ltx import TARGETS
@@ -62,9 +63,10 @@ class Batches:
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = batches
 
-    def start(self, position: int) -> Iterator[tuple[int, Batch]]:
+    def start(self, position: int) -> Iterator[Drawn]:
         while True:
-            yield divmod(position, len(self.batches))[0], self.batches[position % len(self.batches)]
+            epoch, index = divmod(position, len(self.batches))
+            yield Drawn(position, epoch, self.batches[index], self.batches[index].size)
             position += 1
 
 
