@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from finetrainers.engines.base import Engine, Loss
@@ -41,9 +42,15 @@ class DDPEngine(Engine):
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_cuda else torch.device("cpu")
         if on_cuda:
             torch.cuda.set_device(self.device)
+        shared, self.rank, self.world_size = next(rendezvous("env://", timeout=_PATIENCE))
+        # torchrun restarts processes over the store that those before them wrote to, addresses and all.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"attempt-{attempt}", shared)  # type: ignore[attr-defined]
         # gloo beside NCCL: what processes tell each other between steps lies on the host.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=_PATIENCE)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        dist.init_process_group(
+            backend, store=self._store, rank=self.rank, world_size=self.world_size, timeout=_PATIENCE
+        )
         self._step: DistributedDataParallel | None = None
         self._rounds = 0
 
@@ -89,14 +96,13 @@ class DDPEngine(Engine):
 
     def claim(self, count: int) -> Iterator[int]:
         self._rounds += 1
-        return _handed_out(f"claim/{self._rounds}", count)
+        return _handed_out(self._store, f"claim/{self._rounds}", count)
 
     def close(self) -> None:
         dist.destroy_process_group()
 
 
-def _handed_out(key: str, count: int) -> Iterator[int]:
+def _handed_out(store: Any, key: str, count: int) -> Iterator[int]:
     """Numbers from a counter that all processes share."""
-    store = dist.distributed_c10d._get_default_store()
     while (number := store.add(key, 1) - 1) < count:
         yield number

@@ -183,3 +183,24 @@ def test_a_signal_saves_on_all_and_a_killed_process_ends_all(folders, clips, tmp
     assert code == 0, said
     assert exact_rows(whole) == exact_rows(output)
     assert max(Counter(row["step"] for row in exact_rows(output)).values()) == 1
+
+
+def test_torchrun_restarts_from_the_last_checkpoint_by_itself(folders, clips, tmp_path):
+    options = settings("ltx-0.9.5-i2v", folders["ltx-0.9.5-i2v"], clips, tmp_path)
+    options["training"]["steps"] = 60
+    options["checkpoint"]["every"] = 10
+    config, output = write_config(tmp_path / "c.yaml", **options, output=str(tmp_path / "run")), tmp_path / "run"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "-m", "finetrainers", "train", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for_rows(process, output, 12)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert "resumed from" in said
+    assert_close(trained(options, tmp_path, "whole", "training.gradient_accumulation_steps=2"), output)

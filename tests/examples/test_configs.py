@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
+from finetrainers.cli import build_parser
 from finetrainers.commands.precompute import build_method
 from finetrainers.config.load import fill_defaults, load_config, resolved_conditions
 from finetrainers.families.find import find_family
@@ -13,7 +16,7 @@ from finetrainers.types import Bucket
 from tests.families.tiny import TINY
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-CONFIGS = sorted(EXAMPLES.glob("*/*.yaml"))
+CONFIGS = sorted(path for path in EXAMPLES.glob("*/*.yaml") if path.parent.name != "cluster")
 OF_ROW = {
     "own-family": "own_family/config.yaml",
     "own-family-empty-prompt-kept": "own_family/config.yaml",
@@ -63,3 +66,15 @@ def test_every_variant_has_one_that_fits(name, tmp_path):
     for condition, _ in resolved_conditions(config):
         assert family.check_condition(condition, Bucket(49, 512, 768)) is None
     assert build_method(family, config).name == config.method.name
+
+
+def test_cluster_scripts_start_what_there_is():
+    """The shell reads the one and YAML the other, and both end in a command that the command line knows."""
+    script = EXAMPLES / "cluster" / "slurm.sh"
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    assert script.read_text().rstrip().endswith('-m finetrainers train "$@"')
+    job = yaml.safe_load((EXAMPLES / "cluster" / "kubernetes.yaml").read_text())
+    (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+    torchrun, _, module, *arguments = container["command"]
+    assert (torchrun, module) == ("torchrun", "finetrainers")
+    assert build_parser().parse_args(arguments).overrides == ["output=/data/run", "data.cache=/data/cache"]
