@@ -186,15 +186,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace, argv: list[str]) -> int:
     """Load what the verb needs, and only then the verb's own module, which may import torch."""
-    if getattr(args, "nproc", None) is not None:
-        return importlib.import_module("finetrainers.launching").launch(argv, num_processes=args.nproc)
-    given = {key: value for key, value in vars(args).items() if key not in ("verb", "debug", "quiet", "nproc")}
+    given = {key: value for key, value in vars(args).items() if key not in ("verb", "debug", "quiet")}
+    num_processes = given.pop("nproc", None)
     if "overrides" in given:
         from finetrainers.config.load import load_config
 
         path, overrides = given.pop("config"), given.pop("overrides")
         config: RunConfig | None = load_config(path, overrides) if path else None
         given["config"] = config
+    if num_processes is not None:
+        # Only now, so that a mistake in the config is answered before anything is started.
+        return importlib.import_module("finetrainers.launching").launch(argv, num_processes=num_processes)
     command = getattr(importlib.import_module(f"finetrainers.commands.{args.verb}"), args.verb)
     return command(**given)
 

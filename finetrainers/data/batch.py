@@ -214,8 +214,9 @@ class BatchStream:
 
     def _choose(self, position: int) -> tuple[int, int, tuple[int, ...], int]:
         """Position, epoch and samples of this process's batch in the round that begins here, and the round's size."""
-        sizes = [len(self.order[position + rank][1]) for rank in range(self.world_size)]
-        return position + self.rank, *self.order[position + self.rank], sum(sizes)
+        # Each asked once and in order: going back over the end of an epoch would shuffle it anew.
+        batches = [self.order[position + rank] for rank in range(self.world_size)]
+        return position + self.rank, *batches[self.rank], sum(len(indices) for _, indices in batches)
 
     def _load(self, position: int, epoch: int, indices: tuple[int, ...], num_samples: int) -> Drawn:
         batch = self.drawer.draw(position, epoch, indices)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,3 +176,10 @@ def test_a_corrupt_cache_file_is_encoded_again(settings, tmp_path):
     assert code == 0, said
     assert said.count("is damaged and will be encoded again") == 3
     assert [path.read_bytes() for path in videos] == good
+
+
+def test_a_mistake_is_answered_before_processes_are_started(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "finetrainers.launching", None)
+    settings["training"]["stepz"] = 3
+    said = answer(capsys, write_config(tmp_path / "c.yaml", **settings), "--nproc", "2")
+    assert "training.stepz" in said and "steps" in said
