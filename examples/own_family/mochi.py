@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline
+from diffusers import MochiPipeline
 from torch import Tensor
 
 from finetrainers.errors import UserError
@@ -119,9 +119,8 @@ class Mochi(Family):
         return {"prompt_embeds": embeds, "prompt_attention_mask": torch.ones(MAX_TEXT_TOKENS, dtype=torch.bool)}
 
     def pipeline(self, **given: Any) -> Any:
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
         named = dict.fromkeys(("vae", "text_encoder", "tokenizer", "transformer")) | given
-        return MochiPipeline(scheduler=scheduler, force_zeros_for_empty_prompt=self.zeroes_empty_prompt, **named)
+        return MochiPipeline(scheduler=self.scheduler(), force_zeros_for_empty_prompt=self.zeroes_empty_prompt, **named)
 
     def load_pipeline(self, dtype: torch.dtype) -> Any:
         encoders = self.load_video_encoders(torch.device("cpu"), dtype)

@@ -284,6 +284,13 @@ class Family(ABC):
         loaded: dict[str, Any] = json.loads((self.folder / "model_index.json").read_text())
         return loaded
 
+    def scheduler(self) -> Any:
+        """A fresh noise schedule for sampling, of the class and with the settings that the folder says."""
+        import diffusers
+
+        config = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
     def notes(self) -> dict[str, Any]:
         """What trained weights must say about themselves, because the model is wrong for them without it."""
         rope = self.options.rope_temporal

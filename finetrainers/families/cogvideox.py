@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -140,7 +139,7 @@ class CogVideoX(Family):
         return int(frames // self._patch_frames * (height // patch) * (width // patch))
 
     def alphas_cumprod(self) -> Tensor:
-        alphas: Tensor = self._scheduler().alphas_cumprod
+        alphas: Tensor = self.scheduler().alphas_cumprod
         return alphas.double()
 
     def build_transformers(self) -> dict[str, torch.nn.Module]:
@@ -277,12 +276,6 @@ class CogVideoX(Family):
     def blank_text(self) -> dict[str, Tensor]:
         return {"prompt_embeds": torch.zeros(self.max_text_tokens, self._config["text_embed_dim"])}
 
-    def _scheduler(self) -> Any:
-        import diffusers
-
-        config = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
-        return getattr(diffusers, config["_class_name"]).from_config(config)
-
     def _pipeline_class(self) -> Any:
         import diffusers
 
@@ -292,7 +285,7 @@ class CogVideoX(Family):
 
     def pipeline(self, **parts: Any) -> Any:
         given = {name: parts.get(name) for name in ("vae", "text_encoder", "tokenizer", "transformer")}
-        return self._pipeline_class()(scheduler=self._scheduler(), **given)
+        return self._pipeline_class()(scheduler=self.scheduler(), **given)
 
     def load_pipeline(self, dtype: torch.dtype) -> Any:
         pipeline = self._pipeline_class().from_pretrained(self.folder, dtype=dtype, use_safetensors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -91,7 +90,6 @@ class HunyuanVideo(Family):
         return rf"(model\.language_model\.)?layers\.({layers})\.self_attn\.[qkvo]_proj"
 
     def defaults(self, method: str) -> dict[str, Any]:
-        scheduler = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
         # Sampling is told 6 and training 1: a clip of the dataset is an example of what to show, not of what guidance
         # would make of it.
         guidance = {"model.embedded_guidance": 1.0} if self.has_guidance else {}
@@ -102,7 +100,7 @@ class HunyuanVideo(Family):
             "data.conditions": {"first": 1.0} if self.image_condition else {},
             "method.target_modules": TARGETS,
             "objective.timestep_sampling": "logit_normal",
-            "objective.shift": float(scheduler["shift"]),
+            "objective.shift": float(self.scheduler().config.shift),
             "optimizer.lr": 1e-4 if method == "lora" else 1e-5,
             "validation.guidance_scale": self.guidance_scale,
             **guidance,
@@ -282,11 +280,8 @@ class HunyuanVideo(Family):
         }
 
     def pipeline(self, **parts: Any) -> Any:
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
         names = ["transformer", *self.parts["video_encoder"], *self.parts["text_encoder"]]
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
-        return self._pipeline_class()(scheduler=scheduler, **{name: parts.get(name) for name in names})
+        return self._pipeline_class()(scheduler=self.scheduler(), **{name: parts.get(name) for name in names})
 
     def load_pipeline(self, dtype: torch.dtype) -> Any:
         pipeline = self._pipeline_class().from_pretrained(

@@ -240,11 +240,8 @@ class LTXVideo(Family):
         return {"video_coords": coordinates}
 
     def pipeline(self, **parts: Any) -> Any:
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
         given = {name: parts.get(name) for name in ("vae", "text_encoder", "tokenizer", "transformer")}
-        return self._pipeline_class()(scheduler=scheduler, **given)
+        return self._pipeline_class()(scheduler=self.scheduler(), **given)
 
     def load_pipeline(self, dtype: torch.dtype) -> Any:
         pipeline = self._pipeline_class().from_pretrained(self.folder, dtype=dtype, use_safetensors=True)

@@ -22,7 +22,7 @@ from finetrainers.families.parts import (
     put_given,
     to_pixels,
 )
-from finetrainers.families.wan_variant import LAWS, PAIR_LAW, SINGLE_LAW, Variant, load_scheduler, read_shift
+from finetrainers.families.wan_variant import LAWS, PAIR_LAW, SINGLE_LAW, Variant, shift_of
 from finetrainers.types import Bucket, Condition, TokenCount
 
 # Shape suffixes: B batch, C channels, F frames, H height, W width, L text tokens, D features.
@@ -86,7 +86,7 @@ class Wan(Family):
             "data.conditions": {} if self.task == TEXT_TO_VIDEO else {self.variant.conditions(self.task)[0]: 1.0},
             "method.target_modules": TARGETS,
             "objective.timestep_sampling": PAIR_LAW if is_pair else SINGLE_LAW,
-            "objective.shift": read_shift(self.folder),
+            "objective.shift": shift_of(self.scheduler()),
             "optimizer.lr": 1e-4 if method == "lora" else 1e-5,
             # One number cannot say two different ones; None takes both.
             "validation.guidance_scale": scale if scale_2 in (None, scale) else None,
@@ -272,7 +272,7 @@ class Wan(Family):
             (other,) = set(EXPERTS["both"]) - set(self.trained_names)
             given[other] = self._load_transformer(other, trained.dtype).requires_grad_(False).to(trained.device)
         return self._pipeline_class()(
-            scheduler=load_scheduler(self.folder),
+            scheduler=self.scheduler(),
             boundary_ratio=self.variant.boundary,
             expand_timesteps=self.variant.expands_timesteps,
             **given,

@@ -170,19 +170,10 @@ class Variant:
         rope.freqs_sin[:, : rope.t_dim] = angles.sin().repeat_interleave(2, dim=1)
 
 
-def read_shift(folder: Path) -> float:
-    """Shift of a folder's noise schedule."""
-    config = _read(folder / "scheduler" / "scheduler_config.json")
-    # UniPC, which the models are published with, and Euler name it differently.
+def shift_of(scheduler: Any) -> float:
+    """Shift of a noise schedule: UniPC, which the models are published with, and Euler name it differently."""
+    config = scheduler.config
     return float(config["flow_shift"] if "flow_shift" in config else config["shift"])
-
-
-def load_scheduler(folder: Path) -> Any:
-    """A folder's noise schedule, fresh."""
-    import diffusers
-
-    class_name = _read(folder / "model_index.json")["scheduler"][1]
-    return getattr(diffusers, class_name).from_pretrained(folder, subfolder="scheduler")
 
 
 def _read(path: Path) -> dict[str, Any]:
