@@ -49,7 +49,7 @@ class Wan(Family):
     @cached_property
     def variant(self) -> Variant:
         """What the folder's configs say."""
-        return Variant.read(self.folder)
+        return Variant.read(self.index, self.config("transformer"), self.config("vae"))
 
     @property
     def supported_tasks(self) -> tuple[str, ...]:

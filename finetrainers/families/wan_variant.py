@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,11 +53,9 @@ class Variant:
     """Pixels of a latent, in height and width."""
 
     @classmethod
-    def read(cls, folder: Path) -> Variant:
-        """Of a model folder. Its configs may be older than a key; what is missing then is diffusers' default."""
-        index, transformer, vae = (
-            _read(folder / path) for path in ("model_index.json", "transformer/config.json", "vae/config.json")
-        )
+    def read(cls, index: Mapping[str, Any], transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Variant:
+        """From a folder's model_index.json and two configs. They may be older than a key; what is missing then is
+        diffusers' default."""
         # Some repositories of one transformer name a boundary all the same.
         has_experts = (index.get("transformer_2") or [None])[0] is not None
         return cls(
@@ -174,8 +171,3 @@ def shift_of(scheduler: Any) -> float:
     """Shift of a noise schedule: UniPC, which the models are published with, and Euler name it differently."""
     config = scheduler.config
     return float(config["flow_shift"] if "flow_shift" in config else config["shift"])
-
-
-def _read(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
