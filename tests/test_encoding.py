@@ -317,6 +317,7 @@ def killed_precompute(model: Path, tmp_path: Path, *, kills: int, seed: int) -> 
         if held in (-1, len(whole)):
             shutil.rmtree(cache)
     assert hit == kills, moments
+    (cache / "videos").mkdir(parents=True, exist_ok=True)  # a kill may come before the first clip
     (cache / "videos" / ".abc.tmp").write_bytes(b"half")
     code, said = run(arguments, tmp_path / "log")
     assert code == 0, said
