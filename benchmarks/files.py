@@ -32,6 +32,7 @@ from finetrainers.methods.lora import Lora
 from finetrainers.objectives import build_objective
 from finetrainers.training.checkpoint import Checkpointer
 from finetrainers.training.optimizer import build_optimizer, build_schedule
+from finetrainers.training.saving import gather_weights
 from finetrainers.training.state import TrainState
 
 GOALS = {
@@ -94,16 +95,19 @@ def checkpoint() -> dict[str, float]:
     family = FakeFamily(Path(), ModelConfig(path="."))
     models = {"transformer": transformer}
     method = Lora(family, objective, LoraOptions(rank=128, target_modules=TARGETS), dtype=torch.float32)
-    trainer: Any = Bare(method.attach(models, seed=0))
+    method.attach(models, seed=0)
+    trainer: Any = Bare(method.trained(models))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        method.save(models, folder)
+        method.save(models, gather_weights(trainer.engine, method, models), folder)
         lora = next(folder.glob("*.safetensors")).stat().st_size
         saver = Checkpointer(folder / "checkpoints", every=0, keep=1, identity={})
         begun = time.perf_counter()
-        saved = saver.save(trainer)
+        saver.save(trainer)
+        copied_seconds = time.perf_counter() - begun
+        saver.on_end(trainer)
         save_seconds = time.perf_counter() - begun
-        size = sum(path.stat().st_size for path in saved.iterdir())
+        size = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
         begun = time.perf_counter()
         saver.resume(trainer, "auto")
         load_seconds = time.perf_counter() - begun
@@ -115,6 +119,7 @@ def checkpoint() -> dict[str, float]:
         "lora_mb": lora / 1e6,
         "checkpoint_mb": size / 1e6,
         "ratio": size / lora,
+        "training_waits_seconds": copied_seconds,
         "save_seconds": save_seconds,
         "load_and_verify_seconds": load_seconds,
         "one_bare_safetensors_write_seconds": bare_seconds,

@@ -79,7 +79,8 @@ def build_trainer(folder: Path, shape: dict[str, Any], steps: int) -> Trainer:
     options = LoraOptions(rank=4, target_modules=TARGETS)
     method = Lora(family, objective, options, dtype=torch.float32)
     models = {"transformer": transformer}
-    trained = method.attach(models, seed=0)
+    method.attach(models, seed=0)
+    trained = method.trained(models)
     parameters = list(trained.values())
     optimizer = build_optimizer("adamw", parameters, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
     drawer = BatchDrawer(samples, cache, objective.law, Strata(0, 1, 1), 0.05, [(Condition(), 1.0)], family.given)

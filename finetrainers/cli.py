@@ -91,6 +91,12 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     _config_options(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument(
+        "--nodes", type=_positive, metavar="N", help="also predict the time of a step on N nodes, for each engine"
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=_positive, default=8, metavar="N", help="GPUs of each of --nodes (default 8)"
+    )
 
 
 def _sample_options(parser: argparse.ArgumentParser) -> None:

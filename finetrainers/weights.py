@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -58,20 +57,26 @@ def _write_lora(folder: Path, adapters: Mapping[str, Adapters], notes: Mapping[s
 
 
 def write_transformer(
-    folder: Path, state_dict: Mapping[str, Tensor], transformer: Any, dtype: torch.dtype, *, notes: Mapping[str, Any]
+    folder: Path, state_dict: Mapping[str, Tensor], transformer: Any, *, notes: Mapping[str, Any]
 ) -> None:
-    """Write a model's folder as diffusers' `from_pretrained` reads it, in the given type. `notes` go into its
-    config.json under names that diffusers passes over."""
+    """Write a model's folder as diffusers' `from_pretrained` reads it. `notes` go into its config.json under names that
+    diffusers passes over."""
     from huggingface_hub import save_torch_state_dict
 
     folder.mkdir()
     transformer.save_config(folder)
-    if notes:
-        config = json.loads((folder / "config.json").read_text())
-        config |= {f"_{_NOTES}.{key}": _plain(value) for key, value in notes.items()}
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in state_dict.items()}
-    save_torch_state_dict(tensors, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {f"_{_NOTES}.{key}": _plain(value) for key, value in notes.items()}
+    config["_class_name"] = _class_name(transformer)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_torch_state_dict(dict(state_dict), folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+
+
+def _class_name(model: Any) -> str:
+    """The class that a model was built as; sharding puts one of its own in front."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def read_notes(weights: Path) -> dict[str, Any]:

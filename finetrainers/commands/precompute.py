@@ -55,7 +55,7 @@ class Prepared:
 def precompute(config: RunConfig) -> int:
     """Encode everything that a run of this config needs, and say where it lies."""
     with StopSignals():
-        engine = build_engine(config.parallel.strategy)
+        engine = build_engine(config.parallel)
         prepared = encode(config, engine)
     num_samples = len(prepared.data.train) + len(prepared.data.held_out)
     if engine.is_main:

@@ -41,9 +41,9 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
     """The main job, from clips to weights; returns 0. Raises Interrupted after a signal, once all is saved."""
     with StopSignals() as signals:
         check_trackers(config.tracking.trackers)
-        check_optimizer(config.optimizer.name)
         run = RunFolder(config.output)
-        engine = build_engine(config.parallel.strategy)
+        engine = build_engine(config.parallel)
+        check_optimizer(config.optimizer.name, shared=engine.shares)
         if resume == "never" and engine.is_main:
             set_aside(run)
         engine.wait()
@@ -114,22 +114,23 @@ def set_aside(run: RunFolder) -> None:
 
 def load_trained(prepared: Prepared) -> tuple[dict[str, torch.nn.Module], dict[str, torch.nn.Parameter]]:
     """The models on their device and the parameters of them that move."""
-    config, method = prepared.config, prepared.method
+    config, method, engine = prepared.config, prepared.method, prepared.engine
     seed_random_state(config.training.seed)
-    models = method.load(prepared.engine.device)
-    parameters = [parameter for model in models.values() for parameter in model.parameters()]
-    # Weights mapped from a file are aligned as the file is; CPU kernels round by alignment, and a resumed run must not.
-    for parameter in parameters:
-        parameter.data = parameter.data.clone()
-    trained = method.attach(models, seed_for(config.training.seed, "adapters"))
+    models = method.load(engine.device) if engine.is_main else method.build()
+    method.attach(models, seed_for(config.training.seed, "adapters"))
     if config.training.gradient_checkpointing:
         for name, model in models.items():
             if name.startswith("transformer"):
                 cast(Any, model).enable_gradient_checkpointing()
-    num_trained = sum(parameter.numel() for parameter in trained.values())
-    num_all = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
+    blocks = {name: prepared.family.blocks(name, model) for name, model in models.items()}
+    engine.prepare(models, blocks, method.linear_dtype)
+    trained = method.trained(models)
+    _, num_trained = engine.held(trained.values())
+    num_held, num_all = engine.held(parameter for model in models.values() for parameter in model.parameters())
     logger.info("%s trains %s of %s parameters", method.name, f"{num_trained:,}", f"{num_all:,}")
-    return prepared.engine.prepare(models), trained
+    if engine.world_size > 1:
+        logger.info("each of %d processes holds about %s of them", engine.world_size, f"{num_held:,}")
+    return models, trained
 
 
 def build_drawer(prepared: Prepared, samples: list[Sample]) -> BatchDrawer:
@@ -194,8 +195,8 @@ def build_callbacks(prepared: Prepared, checkpointer: Checkpointer) -> list[Call
     """What hangs on the loop, in the order in which it is called; the checkpoint comes last, when all else is done."""
     config, run = prepared.config, prepared.run
     if not prepared.engine.is_main:
-        # It takes its share of a validation, and waits while a checkpoint is written.
-        return [build_validation(prepared, MetricsFile(run)), checkpointer]
+        # It takes its share of validations, weights and checkpoints.
+        return [build_validation(prepared, MetricsFile(run)), build_saver(prepared), checkpointer]
     progress = ProgressLine()
     trackers = Trackers(build_trackers(config.tracking, run, settings=config.model_dump(mode="json")))
     metrics = MetricsFile(run, listeners=[progress.on_row, trackers.on_row])
@@ -205,13 +206,19 @@ def build_callbacks(prepared: Prepared, checkpointer: Checkpointer) -> list[Call
         trackers,
         MemoryPhases(prepared.memory),
         build_validation(prepared, metrics),
-        WeightsSaver(
-            WeightsFolder(run.weights, keep=config.checkpoint.keep_weights),
-            every=config.checkpoint.every,
-            write_card=lambda folder, step: describe(folder, step, prepared),
-        ),
+        build_saver(prepared),
         checkpointer,
     ]
+
+
+def build_saver(prepared: Prepared) -> WeightsSaver:
+    """Saves the weights to take away, with their card, as often as checkpoints."""
+    options = prepared.config.checkpoint
+    return WeightsSaver(
+        WeightsFolder(prepared.run.weights, keep=options.keep_weights),
+        every=options.every,
+        write_card=lambda folder, step: describe(folder, step, prepared),
+    )
 
 
 def build_validation(prepared: Prepared, metrics: MetricsFile) -> Validation:

@@ -238,9 +238,22 @@ class MemoryConfig(Section):
 class ParallelConfig(Section):
     """How the run is spread over processes."""
 
-    strategy: Literal["auto", "ddp"] = Field("auto", json_schema_extra=FREE)
-    """`ddp` gives each process the whole model and its own batches. `auto` takes it where there are several processes
-    (`--nproc`, torchrun), and runs without it in one."""
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = Field("auto", json_schema_extra=FREE)
+    """`ddp` gives each process the whole model and its own batches. `fsdp` gives each a share of every weight, gradient
+    and optimizer state (torch's FSDP2), which takes less memory and more communication. `deepspeed` is DeepSpeed's
+    ZeRO. `auto` takes `ddp` where there are several processes (`--nproc`, torchrun), and runs without it in one."""
+    shard_size: PositiveCount | None = Field(None, json_schema_extra=FREE)
+    """With `fsdp`, the number of processes that share one copy of the weights. Left out: all. On several machines, the
+    number of GPUs in one keeps weights from crossing the network (hybrid sharding)."""
+    zero_stage: Literal[1, 2, 3] | None = Field(None, json_schema_extra=FREE)
+    """With `deepspeed`, what processes share: 1 the optimizer's state, 2 gradients too, 3 weights too. Left out: what
+    `deepspeed_config` says, else 2."""
+    offload: Literal["none", "optimizer", "parameters"] = Field("none", json_schema_extra=FREE)
+    """With `fsdp` and `deepspeed`, what lies in the host's memory. `parameters` are weights, gradients and optimizer
+    state, and a layer is brought to the device when it runs (`fsdp`, and `zero_stage` 3); `optimizer` is its state
+    alone (`deepspeed`)."""
+    deepspeed_config: PathText | None = Field(None, json_schema_extra=FREE)
+    """A DeepSpeed JSON of your own, for what has no option here. Values that say `auto` are filled in."""
 
 
 class ValidationConfig(Section):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from finetrainers.engines import state
 from finetrainers.types import Batch
 
 Loss = Callable[[Batch], Tensor]
@@ -23,6 +25,12 @@ class Engine(ABC):
     device: torch.device
     rank: int
     world_size: int
+    _saving_group: Any = None
+    """The processes that write a checkpoint together; None where there is one."""
+    shares = False
+    """Whether processes share the optimizer's state, rather than each holding all of it."""
+    together = False
+    """Whether a pass through the models needs all processes, each with a batch of its own."""
 
     @property
     def is_main(self) -> bool:
@@ -40,13 +48,32 @@ class Engine(ABC):
 
     # A step.
 
-    def prepare(self, models: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
-        """Bring the models to the device, ready for forward passes."""
-        return {name: model.to(self.device) for name, model in models.items()}
+    def prepare(
+        self, models: Mapping[str, nn.Module], blocks: Mapping[str, Sequence[nn.Module]], dtype: torch.dtype | None
+    ) -> None:
+        """Bring the models to the device, in place, ready for forward passes. The main process has their weights; the
+        others may have them on the meta device, and get them from it.
 
-    @abstractmethod
-    def spread(self, loss: Loss, models: Mapping[str, torch.nn.Module]) -> Loss:
-        """The loss as it is to be called in a step, so that its gradients become those of all processes."""
+        `blocks` are the layers of each model that repeat; `dtype` is what linear layers with fp32 weights compute in,
+        where that is another. Parameters are other objects afterwards.
+        """
+        for model in models.values():
+            # Copied even on one device: weights mapped from a file are aligned as the file is, CPU kernels round by
+            # alignment, and a resumed run must not.
+            replace_tensors(model, lambda tensor: tensor.to(self.device, copy=True))
+
+    def held(self, tensors: Iterable[Tensor]) -> tuple[int, int]:
+        """How many numbers of these this process holds, and how many there are."""
+        counts = [_held(tensor) for tensor in tensors]
+        return sum(mine for mine, _ in counts), sum(every for _, every in counts)
+
+    def spread(
+        self, loss: Loss, models: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> Loss:
+        """The loss as it is to be called in a step, so that its gradients become those of all processes; and what
+        `step` then does with these. A norm of 0 leaves gradients as they are."""
+        self._optimizer, self._max_grad_norm = optimizer, max_grad_norm
+        return loss
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[Any]:
         """The context of one forward and backward pass. Only after the last one of a step are the gradients those of
@@ -57,21 +84,61 @@ class Engine(ABC):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this process's share of the step's loss."""
 
-    def clip_grad_norm(self, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> Tensor:
-        """Scale gradients down to a global norm (0: leave them) and return the norm before, fp32, on the device."""
+    def step(self) -> Tensor:
+        """Scale the gradients down to the largest norm that is allowed, apply them and drop them. Returns their global
+        norm before, fp32, on their device."""
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         # As torch.nn.utils.clip_grad_norm_ does it, less its sorting by device and type, which takes as long again.
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        if max_norm > 0:
-            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp_(max=1.0))
+        gradients = [self._local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        norm = self._global_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        if self._max_grad_norm > 0:
+            torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
+        self._optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
         return norm
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Apply the gradients, then drop them."""
-        optimizer.step()
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+    def _local(self, gradient: Tensor) -> Tensor:
+        """What this process holds of a gradient."""
+        return gradient
+
+    def _global_norm(self, norm: Tensor) -> Tensor:
+        """The norm of all gradients, from that of what this process holds."""
+        return norm
+
+    # What a run keeps.
+
+    @property
+    def layout(self) -> str | None:
+        """What must be the same again for `load` to read what `save` wrote; None where any engine on any number of
+        processes reads it."""
+        return None
+
+    def weights(self, model: nn.Module, *, trained_only: bool, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """A model's whole state dict on the CPU of the main process, in `dtype` if one is given; empty on the others.
+        With `trained_only`, only of it what moves."""
+        found = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if tensor.requires_grad or not trained_only:
+                whole = self._whole(tensor)
+                if self.is_main:
+                    found[name] = whole.detach().to("cpu", dtype).contiguous()
+        return found
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        """All of a tensor of the state, at least on the main process."""
+        return tensor
+
+    def save(
+        self, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, folder: Path
+    ) -> Callable[[], None]:
+        """Begin to write what is trained and the optimizer's state, as they are now, into a folder, by all processes.
+        What is returned waits until all of them have written."""
+        return state.save(trained, optimizer, folder, is_main=self.is_main, group=self._saving_group)
+
+    def load(self, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, folder: Path) -> None:
+        """Put back what `save` wrote, on as many processes as there are now."""
+        state.load(trained, optimizer, folder, group=self._saving_group)
 
     # Between processes.
 
@@ -108,3 +175,39 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027 - where there are others
         """Leave the other processes."""
+
+
+def replace_tensors(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> None:
+    """Put another tensor in the place of each parameter and buffer of a module and of those under it, one by one in
+    the order of `whole_tensors`. One that stands in several places is replaced once; what is sharded stays."""
+    held: dict[int, tuple[Tensor, Tensor]] = {}
+    for tensors, name, old in _places(module):
+        if id(old) not in held:
+            new = replace(old.detach())
+            # The old one's place in memory is kept from being given to another while its number is known.
+            held[id(old)] = old, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        tensors[name] = held[id(old)][1]
+
+
+def whole_tensors(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a module and of those under it that are not sharded, each once."""
+    return list({id(tensor): tensor for _, _, tensor in _places(module)}.values())
+
+
+def _places(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and not is_sharded(tensor):
+                    yield tensors, name, tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a share of a tensor, as FSDP's or DeepSpeed's do."""
+    return hasattr(tensor, "placements") or hasattr(tensor, "ds_id")
+
+
+def _held(tensor: Any) -> tuple[int, int]:
+    if hasattr(tensor, "ds_id"):
+        return tensor.ds_tensor.numel(), tensor.ds_numel
+    return (tensor.to_local() if is_sharded(tensor) else tensor).numel(), tensor.numel()

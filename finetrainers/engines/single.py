@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finetrainers.engines.base import Engine, Loss
+from finetrainers.engines.base import Engine
 
 
 class SingleEngine(Engine):
@@ -19,9 +19,6 @@ class SingleEngine(Engine):
 
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def spread(self, loss: Loss, models: Mapping[str, torch.nn.Module]) -> Loss:
-        return loss
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

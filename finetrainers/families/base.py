@@ -52,6 +52,8 @@ class Family(ABC):
     """How each published variant's noise levels are drawn by default, as options of `objective`."""
     lengths: ClassVar[tuple[int, ...]] = (0,)
     """Numbers of video tokens at which a law that looks at them is worth seeing."""
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    """The transformer's lists of layers that repeat, in the order in which they run."""
     takes: ClassVar[frozenset[str]] = frozenset()
     """Options of the `model` section that only some families have, such as `rope_temporal`."""
     runs_on_meta: ClassVar[bool] = True
@@ -138,6 +140,12 @@ class Family(ABC):
     @abstractmethod
     def build_transformers(self) -> dict[str, torch.nn.Module]:
         """What is trained, by name, as its configs describe it, with no weights read; meant for the meta device."""
+
+    def blocks(self, name: str, model: Any) -> list[torch.nn.Module]:
+        """The layers of a transformer or of a text encoder that repeat, in the order in which they run."""
+        if name.startswith("transformer"):
+            return [block for blocks in self.block_lists for block in getattr(model, blocks)]
+        return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
 
     @abstractmethod
     def load_transformers(self, dtype: torch.dtype) -> dict[str, torch.nn.Module]:

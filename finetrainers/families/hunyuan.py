@@ -47,6 +47,7 @@ class HunyuanVideo(Family):
     variants = "HunyuanVideo, HunyuanVideo-I2V and HunyuanVideo-I2V-33ch"
     pipelines = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
     tasks = (TEXT_TO_VIDEO, IMAGE_TO_VIDEO)
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
     takes = frozenset({"embedded_guidance", "rope_temporal"})
     laws = {"all": {"timestep_sampling": "logit_normal", "shift": 7.0}}  # noqa: RUF012 - a constant of the class
     default_fps = 24.0

@@ -43,6 +43,7 @@ class Wan(Family):
     pipelines = ("WanPipeline", "WanImageToVideoPipeline")
     tasks = (TEXT_TO_VIDEO, IMAGE_TO_VIDEO)
     laws = LAWS
+    block_lists = ("blocks",)
     takes = frozenset({"experts", "rope_temporal"})
     text_encoder_targets = r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.[qkvo]"
 

@@ -27,6 +27,8 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    saves_trained_only: ClassVar[bool]
+    """Whether what a user takes away is what moved, rather than whole models."""
 
     def __init__(self, family: Family, objective: Objective, options: Any, *, dtype: torch.dtype) -> None:
         self.family = family
@@ -46,15 +48,31 @@ class Method(ABC):
         """The type in which the weights are loaded."""
 
     @abstractmethod
-    def attach(self, models: Mapping[str, nn.Module], seed: int) -> dict[str, nn.Parameter]:
-        """Prepare the models and return the parameters that move, fp32, by name. `seed` fixes what is drawn.
+    def attach(self, models: Mapping[str, nn.Module], seed: int) -> None:
+        """Prepare the models, so that what moves, and nothing else, requires a gradient, and is fp32. `seed` fixes
+        what is drawn.
 
         Raises UserError when the options do not fit the model.
         """
 
+    def trained(self, models: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+        """The parameters that move, by name."""
+        return {
+            f"{part}.{name}": parameter
+            for part, model in models.items()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @property
+    def saved_dtype(self) -> torch.dtype | None:
+        """The type of the weights that a user takes away; None leaves them as they are."""
+        return None
+
     @abstractmethod
-    def save(self, models: Mapping[str, nn.Module], folder: Path) -> None:
-        """Write the weights that a user takes away into a folder, in diffusers' format."""
+    def save(self, models: Mapping[str, nn.Module], weights: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
+        """Write the weights that a user takes away into a folder, in diffusers' format: of each model that is trained
+        the tensors that `Engine.weights` gave."""
 
     def load(self, device: torch.device) -> dict[str, nn.Module]:
         """The models that take part in training, with their weights, not yet on the device but for text encoders."""
@@ -64,11 +82,19 @@ class Method(ABC):
         return models
 
     def build(self) -> dict[str, nn.Module]:
-        """The same models without their weights; meant for the meta device."""
-        models = self.family.build_transformers()
-        if self.trains_text_encoder:
-            models["text_encoder"] = build_encoder(self.family.folder, "text_encoder")
+        """The same models without their weights, on the meta device."""
+        with torch.device("meta"):
+            models = self.family.build_transformers()
+            if self.trains_text_encoder:
+                for part in self.family.parts["text_encoder"]:
+                    if part.startswith("text_encoder"):
+                        models[part] = build_encoder(self.family.folder, part)
         return models
+
+    @property
+    def linear_dtype(self) -> torch.dtype | None:
+        """What linear layers compute in, where their weights are of another type."""
+        return None
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The context in which forward passes run."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetrainers.methods.base import Method
 from finetrainers.weights import write_transformer
@@ -18,21 +18,29 @@ class Full(Method):
     """All weights in fp32, so that small updates are not lost; bf16 arithmetic under autocast."""
 
     name = "full"
+    saves_trained_only = False
 
     @property
     def weights_dtype(self) -> torch.dtype:
         return torch.float32
 
-    def attach(self, models: Mapping[str, nn.Module], seed: int) -> dict[str, nn.Parameter]:
-        trained: dict[str, nn.Parameter] = {}
-        for part, model in models.items():
+    def attach(self, models: Mapping[str, nn.Module], seed: int) -> None:
+        for model in models.values():
             model.requires_grad_(True)
-            trained |= {f"{part}.{name}": parameter for name, parameter in model.named_parameters()}
-        return trained
+
+    @property
+    def linear_dtype(self) -> torch.dtype | None:
+        return None if self.dtype == torch.float32 else self.dtype
+
+    @property
+    def saved_dtype(self) -> torch.dtype | None:
+        return self.dtype
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        # Each weight is used once a pass: kept, their copies would only lie there, and outlive weights that are shared.
+        enabled = self.dtype != torch.float32
+        return torch.autocast(device.type, dtype=self.dtype, enabled=enabled, cache_enabled=False)
 
-    def save(self, models: Mapping[str, nn.Module], folder: Path) -> None:
-        for part, model in models.items():
-            write_transformer(folder / part, model.state_dict(), model, self.dtype, notes=self.family.notes())
+    def save(self, models: Mapping[str, nn.Module], weights: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
+        for part, tensors in weights.items():
+            write_transformer(folder / part, tensors, models[part], notes=self.family.notes())

@@ -29,6 +29,7 @@ class Lora(Method):
     """Adapters of low rank beside frozen weights (Hu et al. 2021, arXiv 2106.09685)."""
 
     name = "lora"
+    saves_trained_only = True
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -42,16 +43,13 @@ class Lora(Method):
     def trains_text_encoder(self) -> bool:
         return bool(self.options.text_encoder == "lora")
 
-    def attach(self, models: Mapping[str, Any], seed: int) -> dict[str, nn.Parameter]:
-        trained: dict[str, nn.Parameter] = {}
+    def attach(self, models: Mapping[str, Any], seed: int) -> None:
         for part, model in models.items():
             model.requires_grad_(False)
             if targets := self._targets(part, model):
                 self._add_adapters(model, targets, seed)
-            trained |= {f"{part}.{name}": weight for name, weight in model.named_parameters() if weight.requires_grad}
-        for parameter in trained.values():
+        for parameter in self.trained(models).values():
             parameter.data = parameter.data.float()
-        return trained
 
     def _targets(self, part: str, model: nn.Module) -> list[str]:
         """Whole paths of the layers of one model that get adapters, so that the file says exactly what was trained."""
@@ -98,16 +96,14 @@ class Lora(Method):
             )
         return found
 
-    def save(self, models: Mapping[str, Any], folder: Path) -> None:
+    def save(self, models: Mapping[str, Any], weights: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
         from peft import get_peft_model_state_dict
 
         adapters = {}
-        for part, model in models.items():
-            if config := getattr(model, "peft_config", None):
-                # Left to itself, peft asks the hub whether the vocabulary of a text encoder was resized.
-                weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-                weights = {name: tensor.detach() for name, tensor in weights.items()}
-                adapters[part] = (weights, config["default"].to_dict())
+        for part, tensors in weights.items():
+            # Left to itself, peft asks the hub whether the vocabulary of a text encoder was resized.
+            named = get_peft_model_state_dict(models[part], state_dict=dict(tensors), save_embedding_layers=False)
+            adapters[part] = (named, models[part].peft_config["default"].to_dict())
         write_loras(folder, adapters, notes=self.family.notes())
 
 

@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,15 @@ from finetrainers.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
+TENSORS = "tensors"
+"""Folder of what is trained and of the optimizer's state; each process writes its share."""
 COMPLETE = "COMPLETE.json"
 """Written last: size and sha256 of each other file. A checkpoint without it, or that differs from it, is not used."""
 
 
 class Checkpointer(Callback):
-    """Saves every so many steps and at the end, keeps the newest, and loads the newest whole one."""
+    """Saves every so many steps and at the end, keeps the newest, and loads the newest whole one. It writes while
+    training goes on, and waits only for the checkpoint before."""
 
     def __init__(self, folder: Path, *, every: int, keep: int | None, identity: dict[str, Any]) -> None:
         self.folder = folder
@@ -39,6 +44,8 @@ class Checkpointer(Callback):
         self.identity = identity
         """What a resumed run must share with the run that it continues: options, model, clips."""
         self._saved_step = -1
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     def on_step_end(self, trainer: Trainer, outcome: StepOutcome) -> None:
         if self.every and outcome.step % self.every == 0:
@@ -47,35 +54,49 @@ class Checkpointer(Callback):
     def on_end(self, trainer: Trainer) -> None:
         if trainer.state.step != self._saved_step:
             self.save(trainer)
+        self._settle(trainer)
         # Also where nothing was saved: a kill may have come between the last save and its pruning.
         if trainer.engine.is_main:
-            self._prune()
+            self._prune(self._saved_step)
 
-    def save(self, trainer: Trainer) -> Path:
-        """Write `step-N`, once for all processes, which wait for it."""
+    def close(self) -> None:
+        self._writer.shutdown()
+
+    def save(self, trainer: Trainer) -> None:
+        """Begin to write `step-N`, under another name first, by all processes."""
+        self._settle(trainer)
+        step, temporary = trainer.state.step, self.folder / f".{step_name(trainer.state.step)}.tmp"
         if trainer.engine.is_main:
-            self._save(trainer)
+            for callback in trainer.callbacks:
+                callback.on_checkpoint(trainer)
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / TENSORS).mkdir(parents=True)
+            _write(trainer, temporary, self.identity)
         trainer.engine.wait()
-        self._saved_step = trainer.state.step
-        return self.folder / step_name(trainer.state.step)
+        written = trainer.engine.save(trainer.trained, trainer.optimizer, temporary / TENSORS)
+        self._writing = self._writer.submit(self._finish, written, temporary, step, is_main=trainer.engine.is_main)
+        self._saved_step = step
 
-    def _save(self, trainer: Trainer) -> None:
-        """Under another name first, made durable, then renamed."""
-        for callback in trainer.callbacks:
-            callback.on_checkpoint(trainer)
-        final = self.folder / step_name(trainer.state.step)
-        temporary = self.folder / f".{final.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write(trainer, temporary, self.identity)
+    def _finish(self, written: Callable[[], None], temporary: Path, step: int, *, is_main: bool) -> None:
+        """Once all is written, make it durable and give it its name."""
+        written()
+        if not is_main:
+            return
         _complete(temporary)
+        final = self.folder / step_name(step)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
         fsync_folder(self.folder)
-        self._saved_step = trainer.state.step
-        self._prune()
+        self._prune(step)
         logger.info("checkpoint %s saved", final.name)
+
+    def _settle(self, trainer: Trainer) -> None:
+        """Wait until the checkpoint that is being written is there, on all processes."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+            trainer.engine.wait()
 
     def resume(self, trainer: Trainer, source: str) -> bool:
         """Continue from a checkpoint: `auto` takes the newest whole one, a path that one and no other.
@@ -92,6 +113,7 @@ class Checkpointer(Callback):
         state = json.loads((checkpoint / "state.json").read_text())
         _check_identity(checkpoint, state["identity"], self.identity)
         _check_step(checkpoint, state["batches_per_step"], _batches_per_step(trainer))
+        _check_layout(checkpoint, state["layout"], trainer.engine.layout)
         _read(trainer, checkpoint, state)
         trainer.engine.wait()
         if checkpoint.resolve().parent == self.folder.resolve():
@@ -121,11 +143,11 @@ class Checkpointer(Callback):
             logger.warning("checkpoint %s is damaged (%s); trying the one before it", checkpoint.name, damage)
         return None
 
-    def _prune(self) -> None:
+    def _prune(self, step: int) -> None:
         for leftover in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
         if self.keep is not None:
-            for old in old_steps(self.folder, keep=self.keep, current=self._saved_step):
+            for old in old_steps(self.folder, keep=self.keep, current=step):
                 shutil.rmtree(old)
 
 
@@ -189,23 +211,29 @@ def _check_step(checkpoint: Path, saved: dict[str, int], current: dict[str, int]
     )
 
 
+def _check_layout(checkpoint: Path, saved: str | None, current: str | None) -> None:
+    if saved != current:
+        anything = "ddp, fsdp or a single process"
+        raise UserError(
+            f"{checkpoint} was saved by {saved or anything}, and this run is {current or anything}: only the same can "
+            "read it. Go on as before, or start anew with --resume never"
+        )
+
+
 def _difference(key: str, was: Any, now: Any) -> str:
     # What is not an option is known by a digest, which tells nobody anything.
     return f"{key} was {was!r} and is {now!r}" if "." in key else f"{key} are not the same"
 
 
 def _write(trainer: Trainer, folder: Path, identity: dict[str, Any]) -> None:
-    save_file({name: parameter.detach() for name, parameter in trainer.trained.items()}, folder / "trained.safetensors")
-    shelf = _Shelf()
-    optimizer = {name: shelf.split(value, name) for name, value in trainer.optimizer.state_dict().items()}
-    save_file(shelf.tensors, folder / "optimizer.safetensors")
+    """What one process knows of all; the tensors come beside it."""
     save_file(read_random_state(trainer.device), folder / "random.safetensors")
     state = {
         "train": asdict(trainer.state),
-        "optimizer": optimizer,
         "schedule": trainer.schedule.state_dict(),
         "identity": identity,
         "batches_per_step": _batches_per_step(trainer),
+        "layout": trainer.engine.layout,
         "versions": {"torch": torch.__version__},
     }
     (folder / "state.json").write_text(json.dumps(state))
@@ -214,65 +242,23 @@ def _write(trainer: Trainer, folder: Path, identity: dict[str, Any]) -> None:
 def _complete(folder: Path) -> None:
     """Make each file durable, then write down what is there."""
     files = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[path.name] = [path.stat().st_size, file_digest(path)]
+        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, file_digest(path)]
     with (folder / COMPLETE).open("w") as file:
         json.dump({"files": files}, file)
         file.flush()
         os.fsync(file.fileno())
+    fsync_folder(folder / TENSORS)
     fsync_folder(folder)
 
 
 def _read(trainer: Trainer, folder: Path, state: dict[str, Any]) -> None:
-    saved = _load_tensors(folder / "trained.safetensors")
-    tensors = _load_tensors(folder / "optimizer.safetensors")
-    with torch.no_grad():
-        for name, parameter in trainer.trained.items():
-            parameter.copy_(saved[name])
-    optimizer = {name: _join(value, tensors) for name, value in state["optimizer"].items()}
-    trainer.optimizer.load_state_dict(optimizer)
+    trainer.engine.load(trainer.trained, trainer.optimizer, folder / TENSORS)
     trainer.schedule.load_state_dict(state["schedule"])
     trainer.state = TrainState(**state["train"])
-    write_random_state(_load_tensors(folder / "random.safetensors"), trainer.device)
-
-
-def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, in memory of torch's own: mapped from the file they would not be aligned as tensors that
-    torch allocated are, and CPU kernels round by alignment."""
     try:
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        write_random_state(load_file(folder / "random.safetensors"), trainer.device)
     except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file ({error}); remove {path.parent.name}") from None
-
-
-class _Shelf:
-    """Tensors taken out of a nested state, each under its path; one that stands in several places is kept once."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._paths: dict[tuple[int, torch.Size], str] = {}
-
-    def split(self, value: Any, path: str) -> Any:
-        """The state as JSON, its tensors put on the shelf, such as `state/17/exp_avg`."""
-        if isinstance(value, torch.Tensor):
-            path = self._paths.setdefault((value.data_ptr(), value.shape), path)
-            self.tensors.setdefault(path, value.contiguous())
-            return {"tensor": path}
-        if isinstance(value, dict):
-            return {"dict": [[key, self.split(item, f"{path}/{key}")] for key, item in value.items()]}
-        if isinstance(value, (list, tuple)):
-            return {"list": [self.split(item, f"{path}/{number}") for number, item in enumerate(value)]}
-        return value
-
-
-def _join(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """What a shelf took apart; tuples come back as lists."""
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "dict" in value:
-        return {key: _join(item, tensors) for key, item in value["dict"]}
-    return [_join(item, tensors) for item in value["list"]]
+        raise UserError(f"{folder / 'random.safetensors'} is not a safetensors file ({error})") from None

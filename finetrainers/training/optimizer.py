@@ -11,8 +11,14 @@ import torch
 from finetrainers.errors import UserError
 
 
-def check_optimizer(name: str) -> None:
-    """Refuse, before anything slow, an optimizer whose package is not installed."""
+def check_optimizer(name: str, *, shared: bool) -> None:
+    """Refuse, before anything slow, an optimizer whose package is not installed, and one whose state cannot be `shared`
+    by processes."""
+    if name == "adamw_8bit" and shared:
+        raise UserError(
+            "optimizer.name adamw_8bit keeps its state whole on each process: take adamw, whose state fsdp and "
+            "deepspeed share, or parallel.strategy ddp"
+        )
     if name == "adamw_8bit" and find_spec("bitsandbytes") is None:
         raise UserError("optimizer.name adamw_8bit needs bitsandbytes: pip install 'finetrainers[bitsandbytes]'")
 

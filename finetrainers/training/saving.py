@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from torch import Tensor, nn
+
+from finetrainers.engines.base import Engine
+from finetrainers.methods.base import Method
 from finetrainers.training.callback import Callback
 from finetrainers.training.state import StepOutcome
 from finetrainers.training.trainer import Trainer
@@ -30,10 +34,19 @@ class WeightsSaver(Callback):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        """Every process holds all weights, so that one of them writes."""
         step = trainer.state.step
-        temporary = self.folder.begin(step)
-        trainer.method.save(trainer.models, temporary)
-        self.write_card(temporary, step)
-        self.folder.finish(temporary, step)
+        weights = gather_weights(trainer.engine, trainer.method, trainer.models)
+        if trainer.engine.is_main:
+            temporary = self.folder.begin(step)
+            trainer.method.save(trainer.models, weights, temporary)
+            self.write_card(temporary, step)
+            self.folder.finish(temporary, step)
         self._saved_step = step
+
+
+def gather_weights(engine: Engine, method: Method, models: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """Of each model that is trained what a user takes away, whole, on the main process; empty on the others."""
+    return {
+        part: engine.weights(models[part], trained_only=method.saves_trained_only, dtype=method.saved_dtype)
+        for part in dict.fromkeys(name.partition(".")[0] for name in method.trained(models))
+    }

@@ -42,7 +42,9 @@ class Trainer:
     _spread: Loss = field(init=False)
 
     def __post_init__(self) -> None:
-        self._spread = self.engine.spread(functools.partial(self.method.loss, self.models), self.models)
+        self._spread = self.engine.spread(
+            functools.partial(self.method.loss, self.models), self.models, self.optimizer, self.max_grad_norm
+        )
 
     @property
     def device(self) -> torch.device:
@@ -86,8 +88,7 @@ class Trainer:
                 self.engine.backward(share)
             shares.append(share.detach())
         lr = self.optimizer.param_groups[0]["lr"]
-        grad_norm = self.engine.clip_grad_norm(list(self.trained.values()), self.max_grad_norm)
-        self.engine.step(self.optimizer)
+        grad_norm = self.engine.step()
         self.schedule.step()
         self.state.step += 1
         self.state.batches += len(drawn) * self.engine.world_size

@@ -48,7 +48,9 @@ class HeldOutLoss:
         own, to need no more memory than a step of batch size 1."""
         rank, world_size = trainer.engine.rank, trainer.engine.world_size
         passes = [(index, level) for index in range(len(self.drawer.samples)) for level in self.levels]
-        losses = [trainer.loss(self.drawer.fixed(*each)) for each in passes[rank::world_size]]
+        # Where a pass needs all processes, those that have none left repeat the last; what it gives is not looked at.
+        padding = passes[-1:] * (-len(passes) % world_size if trainer.engine.together else 0)
+        losses = [trainer.loss(self.drawer.fixed(*each)) for each in (passes + padding)[rank::world_size]]
         shares = trainer.engine.gather(torch.cat(losses).tolist() if losses else [])
         # In the order of one process, so that their number does not change the sum.
         return statistics.fmean(shares[number % world_size][number // world_size] for number in range(len(passes)))
@@ -80,25 +82,37 @@ class SampleVideos:
     dtype: torch.dtype
 
     def render(self, trainer: Trainer) -> dict[str, Path]:
-        """One mp4 a scene under `samples/step-N`; returns their paths by prompt."""
-        folder = self.folder.samples / step_name(trainer.state.step)
+        """One mp4 a scene under `samples/step-N`; every process takes its share. Returns their paths by prompt."""
+        engine, folder = trainer.engine, self.folder.samples / step_name(trainer.state.step)
+        videos: dict[str, Path] = {}
+        for number, scene in enumerate(self.scenes):
+            name = scene.prompt if scene.prompt not in videos else f"{scene.prompt} ({number})"
+            videos[name] = folder / f"{number:02d}-{slug(scene.prompt)}.mp4"
+        shots = list(zip(self.scenes, videos.values(), strict=True))
+        padding = [(self.scenes[-1], None)] * (-len(shots) % engine.world_size if engine.together else 0)
+        if mine := [*shots, *padding][engine.rank :: engine.world_size]:
+            self._shoot(trainer, mine)
+        engine.wait()
+        if engine.is_main:
+            prompts = json.dumps({path.name: prompt for prompt, path in videos.items()})
+            write_atomically(folder / "prompts.json", prompts)
+        return videos
+
+    def _shoot(self, trainer: Trainer, shots: Sequence[tuple[Scene, Path | None]]) -> None:
+        """Render scenes, each into its file."""
         encoders = self.family.load_video_encoders(trainer.device, self.dtype)
         transformers = {name: model for name, model in trainer.models.items() if name.startswith("transformer")}
         pipeline = self.family.pipeline(**transformers, **encoders)
         pipeline.set_progress_bar_config(disable=True)
-        videos = {}
-        for number, scene in enumerate(self.scenes):
+        for scene, path in shots:
             with trainer.method.autocast(trainer.device):
                 text = self._text(trainer, scene.text_key)
                 prompt = self.family.prompt_arguments(text, self._text(trainer, scene.negative_key))
                 video_FHWC = self.family.render(
                     pipeline, self.bucket, self.options, **given_images(scene.item, self.condition), **prompt
                 )
-            name = scene.prompt if scene.prompt not in videos else f"{scene.prompt} ({number})"
-            videos[name] = folder / f"{number:02d}-{slug(scene.prompt)}.mp4"
-            write_video(videos[name], video_FHWC.numpy(), self.options.fps)
-        write_atomically(folder / "prompts.json", json.dumps({path.name: prompt for prompt, path in videos.items()}))
-        return videos
+            if path is not None:
+                write_video(path, video_FHWC.numpy(), self.options.fps)
 
     def _text(self, trainer: Trainer, key: str) -> Mapping[str, torch.Tensor]:
         entry = {name: tensor[None].to(trainer.device) for name, tensor in self.cache.read("texts", key).items()}
@@ -152,7 +166,7 @@ class Validation(Callback):
             if self.held_out is not None:
                 metrics["validation_loss"] = self.held_out.measure(trainer)
                 logger.info("step %d: validation loss %.5f", trainer.state.step, metrics["validation_loss"])
-            if self.videos is not None and trainer.engine.is_main:
+            if self.videos is not None:
                 videos = self.videos.render(trainer)
         trainer.engine.wait()
         trainer.set_training(True)

@@ -106,7 +106,7 @@ def test_a_lora_changes_the_video_by_its_scale(render, lora):
 def test_a_transformer_changes_the_video(render, model, tmp_path):
     transformer = LTXVideoTransformer3DModel.from_pretrained(model, subfolder="transformer")
     state = {name: tensor * 1.5 for name, tensor in transformer.state_dict().items()}
-    write_transformer(tmp_path / "transformer", state, transformer, torch.float32, notes={})
+    write_transformer(tmp_path / "transformer", state, transformer, notes={})
     base, trained = render(), render("--transformer", tmp_path / "transformer")
     assert differ(base, trained)
     assert not differ(trained, render("--transformer", tmp_path)), "the folder that holds it will do"
@@ -136,7 +136,7 @@ def test_weights_bring_what_they_were_trained_with(render, model, lora, tmp_path
         render("--lora", weights, "--fps", fps)
     transformer = LTXVideoTransformer3DModel.from_pretrained(model, subfolder="transformer")
     for name, notes in (("one", {}), ("other", {"rope_temporal": rope})):
-        write_transformer(tmp_path / name, transformer.state_dict(), transformer, torch.float32, notes=notes)
+        write_transformer(tmp_path / name, transformer.state_dict(), transformer, notes=notes)
     for name, fps in (("one", 8), ("one", 16), ("other", 8)):
         render("--transformer", tmp_path / name, "--fps", fps)
     for at_8, at_16, noted_at_8 in (seen[:3], seen[3:]):

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -17,8 +18,8 @@ import yaml
 
 from finetrainers.folder import read_rows
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
     ["finetrainers.commands.train", "finetrainers.demo.model", "diffusers.optimization", "peft"]
 )
 
@@ -61,7 +62,8 @@ class Run:
 
 def start(arguments: list[str], log: Path) -> Run:
     """Start `finetrainers ARGUMENTS` with its output in a file."""
-    process = _SERVER.Process(target=_child, args=([str(argument) for argument in arguments], str(log)))
+    log.unlink(missing_ok=True)
+    process = SERVER.Process(target=_child, args=([str(argument) for argument in arguments], str(log)))
     process.start()
     return Run(process, log)
 
@@ -76,12 +78,19 @@ def run(arguments: list[str], log: Path) -> tuple[int, str]:
 def _child(arguments: list[str], log: str) -> None:
     from finetrainers.cli import main
 
-    with open(log, "w", buffering=1) as file:  # noqa: PTH123 - its descriptor is what matters
+    with written_to(log):
+        code = main(arguments)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def written_to(log: str) -> Iterator[None]:
+    """In the block, all that this process and its children print goes to the end of a file."""
+    with open(log, "a", buffering=1) as file:  # noqa: PTH123 - its descriptor is what matters
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            code = main(arguments)
-    sys.exit(code)
+            yield
 
 
 def write_config(path: Path, **sections: Any) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from finetrainers.folder import LORA_FILE, read_rows, steps_in
 from finetrainers.types import Bucket, Condition
 from finetrainers.weights import SECOND
 from tests.end_to_end.runs import exact_rows, run, write_config
+from tests.end_to_end.saved import trained_tensors
 from tests.families.parity import images_of, random_clip, transformers_of
 from tests.families.rows import Row
 from tests.families.tiny import TINY
@@ -82,11 +82,6 @@ def rendered(row: Row, model: Path, pipeline: Any) -> torch.Tensor:
     return row.open(model).render(pipeline, bucket, options, prompt="a red circle", negative_prompt="", **images)
 
 
-def newest(run: Path) -> Mapping[str, torch.Tensor]:
-    """The trained weights of a run's last checkpoint, by name."""
-    return load_file(list(steps_in(run / "checkpoints").values())[-1] / "trained.safetensors")
-
-
 def test_two_buckets_train_and_render(trained):
     output = trained.lora
     rows = read_rows(output / "metrics.jsonl")
@@ -101,7 +96,7 @@ def test_two_buckets_train_and_render(trained):
 
 
 def test_the_lora_loads_in_diffusers(trained):
-    weights, checkpoint = trained.lora / "weights" / "latest", newest(trained.lora)
+    weights, checkpoint = trained.lora / "weights" / "latest", trained_tensors(trained.lora)
     pipeline = plain_pipeline(trained)
     before = rendered(trained.row, trained.model, pipeline)
     if (weights / LORA_FILE).exists():
@@ -122,7 +117,7 @@ def test_the_lora_loads_in_diffusers(trained):
 
 def test_the_whole_transformer_loads_in_diffusers(trained):
     output = trained.train("full", "method={name: full}", "optimizer.lr=1e-3", "validation.every=0")
-    checkpoint, pipeline = newest(output), plain_pipeline(trained)
+    checkpoint, pipeline = trained_tensors(output), plain_pipeline(trained)
     before = rendered(trained.row, trained.model, pipeline)
     for part in {name.partition(".")[0] for name in checkpoint}:
         kind = type(getattr(pipeline, part))
@@ -139,7 +134,7 @@ def test_a_run_cut_in_two_is_the_same_run(trained):
     trained.train("halves", "training.steps=3")
     halves = trained.train("halves")
     assert exact_rows(halves) == exact_rows(whole)
-    ours, theirs = newest(halves), newest(whole)
+    ours, theirs = trained_tensors(halves), trained_tensors(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from finetrainers.folder import steps_in
 from finetrainers.hashing import file_digest
-from finetrainers.training.checkpoint import COMPLETE
+from finetrainers.training.checkpoint import COMPLETE, TENSORS
 from tests.end_to_end.runs import exact_rows, run, start, write_config
+from tests.end_to_end.saved import saved_tensors
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
 
@@ -27,9 +28,10 @@ def assert_same_run(one: Path, other: Path) -> None:
     """Metrics, weights and the state of the optimizer, to the bit."""
     assert exact_rows(one) == exact_rows(other)
     last = list(steps_in(one / "checkpoints"))[-1]
-    for name in ("trained.safetensors", "optimizer.safetensors", "random.safetensors"):
-        ours, theirs = (load_file(list(steps_in(run / "checkpoints").values())[-1] / name) for run in (one, other))
-        assert ours.keys() == theirs.keys() and all((ours[key] == theirs[key]).all() for key in ours), (last, name)
+    checkpoints = [list(steps_in(run / "checkpoints").values())[-1] for run in (one, other)]
+    for read in (saved_tensors, lambda checkpoint: load_file(checkpoint / "random.safetensors")):
+        ours, theirs = map(read, checkpoints)
+        assert ours.keys() == theirs.keys() and all((ours[key] == theirs[key]).all() for key in ours), last
     left, right = (next((run / "weights" / "latest").rglob("*.safetensors")) for run in (one, other))
     assert file_digest(left) == file_digest(right)
 
@@ -120,7 +122,7 @@ def test_a_signal_saves_and_says_so_by_its_exit_code(settings, tmp_path, number,
 
 
 def damage(checkpoint: Path, how: str) -> None:
-    file = checkpoint / "optimizer.safetensors"
+    (file,) = (checkpoint / TENSORS).glob("*.safetensors")
     if how == "truncated":
         file.write_bytes(file.read_bytes()[:-7])
     elif how == "one bit":

@@ -16,6 +16,7 @@ from finetrainers.config.load import load_config
 from finetrainers.folder import read_rows, steps_in
 from finetrainers.hashing import file_digest
 from tests.end_to_end.runs import exact_rows, run, write_config
+from tests.end_to_end.saved import trained_tensors
 
 METHODS = [{"name": "lora", "rank": 4, "alpha": 8}, {"name": "full"}]
 STEP_KEYS = {
@@ -77,7 +78,7 @@ def test_the_lora_file_gives_what_was_trained(settings, tmp_path, model):
     code, said = run(["train", write_config(tmp_path / "c.yaml", **settings)], tmp_path / "log")
     assert code == 0, said
     output = Path(settings["output"])
-    trained = load_file(output / "checkpoints" / "step-00000008" / "trained.safetensors")
+    trained = trained_tensors(output)
     pipeline = LTXPipeline.from_pretrained(model)
     pipeline.load_lora_weights(output / "weights" / "latest")
     compared = 0

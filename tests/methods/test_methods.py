@@ -10,12 +10,14 @@ from safetensors.torch import load_file
 from transformers import T5EncoderModel
 
 from finetrainers.config.schema import ModelConfig
+from finetrainers.engines.single import SingleEngine
 from finetrainers.errors import UserError
 from finetrainers.families.find import find_family
 from finetrainers.families.ltx import LTXVideo
 from finetrainers.folder import LORA_FILE
 from finetrainers.methods.find import find_method
 from finetrainers.objectives import Noised
+from finetrainers.training.saving import gather_weights
 from finetrainers.weights import load_text_encoder_lora, read_notes, write_card
 from tests.families.tiny import TINY
 from tests.training.tiny_run import OBJECTIVE, full, lora, make_batch
@@ -33,11 +35,16 @@ def attached(family, options, dtype):
     """The method, its models, and what moves."""
     method = find_method(options, family, OBJECTIVE, dtype=dtype)
     models = method.load(CPU)
-    return method, models, method.attach(models, seed=1)
+    method.attach(models, seed=1)
+    return method, models, method.trained(models)
 
 
 def named_parameters(models):
     return {f"{part}.{name}": value for part, model in models.items() for name, value in model.named_parameters()}
+
+
+def save(method, models, folder):
+    method.save(models, gather_weights(SingleEngine(), method, models), folder)
 
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -125,7 +132,8 @@ def test_the_seed_fixes_the_adapters_and_nothing_else_is_drawn(family):
     method = find_method(lora(), family, OBJECTIVE, dtype=torch.float32)
     models = method.load(CPU)
     state = torch.get_rng_state()
-    second = method.attach(models, seed=1)
+    method.attach(models, seed=1)
+    second = method.trained(models)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(p.abs().max() > 0 for name, p in first.items() if "lora_A" in name)
@@ -246,7 +254,7 @@ def trained_pair(family, folder):
     with torch.no_grad():
         for parameter in trained.values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    method.save(models, folder)
+    save(method, models, folder)
     return method, models
 
 
@@ -296,7 +304,7 @@ def test_the_card_of_a_trained_text_encoder_can_be_run(family, tmp_path):
 
 def test_a_file_without_a_text_encoder_leaves_it_alone(family, tmp_path):
     method, models, _ = attached(family, lora(), torch.float32)
-    method.save(models, tmp_path)
+    save(method, models, tmp_path)
     encoder = T5EncoderModel.from_pretrained(family.folder, subfolder="text_encoder")
     load_text_encoder_lora(encoder, tmp_path / LORA_FILE, scale=1.0)
     assert not any("lora" in name for name, _ in encoder.named_parameters())
@@ -311,7 +319,7 @@ def test_weights_say_what_they_were_trained_with(family, tmp_path, options):
         method, models, _ = attached(each, options, torch.float32)
         folder = tmp_path / str(number)
         folder.mkdir()
-        method.save(models, folder)
+        save(method, models, folder)
         assert read_notes(folder / ("transformer" if options.name == "full" else LORA_FILE)) == notes
 
 
@@ -342,7 +350,7 @@ def test_two_transformers_are_trained_and_saved_side_by_side(family, tmp_path, o
     with torch.no_grad():
         for number, parameter in enumerate(trained.values()):
             parameter.fill_(0.01 * number)
-    method.save(models, tmp_path)
+    save(method, models, tmp_path)
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     if options.name == "full":
         weights = "diffusion_pytorch_model.safetensors"

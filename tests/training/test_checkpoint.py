@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from finetrainers.errors import UserError
 from finetrainers.folder import steps_in
 from finetrainers.hashing import file_digest
-from finetrainers.training.checkpoint import COMPLETE, Checkpointer, _check_step, find_damage
+from finetrainers.training.checkpoint import COMPLETE, TENSORS, Checkpointer, _check_step, find_damage
 from finetrainers.training.random_state import read_random_state, seed_random_state, write_random_state
 from tests.families.tiny import TINY
 from tests.training.tiny_run import full, lora, make_batch, make_trainer
 
-FILES = {"trained.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", COMPLETE}
+SHARD = f"{TENSORS}/shard-00001-model-00001-of-00001.safetensors"
+FILES = {SHARD, f"{TENSORS}/optimizer.json", "random.safetensors", "state.json", COMPLETE}
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +70,13 @@ def test_what_a_checkpoint_holds(model, tmp_path):
     trainer = trainer_with(model, checkpointer(tmp_path))
     trainer.fit()
     folder = tmp_path / "step-00000006"
-    assert {path.name for path in folder.iterdir()} == FILES
-    assert load_file(folder / "trained.safetensors").keys() == trainer.trained.keys()
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == FILES
+    expected = {f"trained/{name}" for name in trainer.trained}
+    expected |= {f"state/{n}/{kind}" for n in range(len(trainer.trained)) for kind in ("exp_avg", "exp_avg_sq", "step")}
+    assert load_file(folder / SHARD).keys() == expected
     state = json.loads((folder / "state.json").read_text())
     assert state["train"] == {"step": 6, "batches": 6, "samples": 10}
-    assert state.keys() == {"train", "optimizer", "schedule", "identity", "batches_per_step", "versions"}
+    assert state.keys() == {"train", "schedule", "identity", "batches_per_step", "versions"}
     assert load_file(folder / "random.safetensors").keys() == {
         "python",
         "python_gauss",
@@ -155,13 +158,13 @@ def test_a_pickle_is_never_opened(model, tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(trap),)
 
-    torch.save(Bomb(), folder / "trained.safetensors")
+    torch.save(Bomb(), folder / SHARD)
     marked = json.loads((folder / COMPLETE).read_text())
-    bomb = folder / "trained.safetensors"
-    marked["files"][bomb.name] = [bomb.stat().st_size, file_digest(bomb)]
+    bomb = folder / SHARD
+    marked["files"][SHARD] = [bomb.stat().st_size, file_digest(bomb)]
     (folder / COMPLETE).write_text(json.dumps(marked))
     saver = checkpointer(tmp_path)
-    with pytest.raises(UserError, match=r"trained\.safetensors is not"):
+    with pytest.raises(UserError, match="holds a file that is not safetensors"):
         saver.resume(trainer_with(model, saver), "auto")
     assert not trap.exists()
 

@@ -86,13 +86,15 @@ def make_trainer(
     method = find_method(options or lora(), family, OBJECTIVE, dtype=dtype)
     engine = SingleEngine()
     models = method.load(engine.device)
-    trained = method.attach(models, seed=1)
+    method.attach(models, seed=1)
+    engine.prepare(models, {}, method.linear_dtype)
+    trained = method.trained(models)
     parameters = list(trained.values())
     built = build_optimizer(optimizer, parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     numbers = {"steps": 4, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0, "seed": 0} | settings
     return Trainer(
         method=method,
-        models=engine.prepare(models),
+        models=models,
         trained=trained,
         batches=Batches(batches),
         optimizer=built,

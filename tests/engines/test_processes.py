@@ -1,4 +1,4 @@
-"""Several processes give the numbers of one: real runs over gloo, through the command line."""
+"""Several processes are started, stopped, killed and started again as one: real runs over gloo."""
 
 from __future__ import annotations
 
@@ -13,49 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from finetrainers.demo.clips import render_clips
 from finetrainers.folder import read_rows, steps_in
 from finetrainers.hashing import file_digest
 from tests.end_to_end.runs import exact_rows, run, write_config
-from tests.families.tiny import TINY
+from tests.engines.tiny_runs import assert_close, settings
 
-# Two processes and more each import torch, on few cores.
 pytestmark = pytest.mark.timeout(600)
-ROWS = ["ltx-0.9.5-i2v", "cogvideox-5b", "hunyuan", "wan-2.2-a14b"]
-METHODS = ["method={name: lora, rank: 4, alpha: 8, dropout: 0.1}", "method={name: full}"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    class Written(dict[str, Path]):
-        def __missing__(self, name: str) -> Path:
-            self[name] = TINY[name].write(tmp_path_factory.mktemp("models") / name)
-            return self[name]
-
-    return Written()
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven, so that the last batches of an epoch are smaller, and processes have unequal ones."""
-    folder = tmp_path_factory.mktemp("clips")
-    return render_clips(folder, 7, num_frames=22, height=64, width=96, fps=16.0).parent
-
-
-def settings(name: str, model: Path, clips: Path, tmp_path: Path) -> dict[str, Any]:
-    row = TINY[name]
-    given = {} if row.task == "text-to-video" else {"conditions": {row.conditions[0]: 0.5}}
-    return {
-        "model": {"path": str(model), "task": row.task},
-        "data": {"train": str(clips), "buckets": [row.bucket], "cache": str(tmp_path / "cache"), **given},
-        "optimizer": {"lr": 1e-3},
-        "training": {"steps": 20, "batch_size": 2, "precision": "fp32", "max_grad_norm": 0.01},
-        "validation": {"every": 0},
-        "checkpoint": {"every": 10},
-    }
 
 
 def trained(options: dict[str, Any], tmp_path: Path, output: str, *overrides: str) -> Path:
@@ -64,53 +28,6 @@ def trained(options: dict[str, Any], tmp_path: Path, output: str, *overrides: st
     code, said = run(["train", config, *overrides], tmp_path / f"{output}.log")
     assert code == 0, said
     return tmp_path / output
-
-
-def assert_close(one: Path, other: Path) -> None:
-    """Losses, gradient norms, held-out losses and exported weights to 1e-5."""
-    ours, theirs = exact_rows(one), exact_rows(other)
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-    for left, right in zip(ours, theirs, strict=True):
-        assert left == pytest.approx(right, rel=1e-5, abs=1e-6), left["step"]
-    files = [sorted((run / "weights" / "latest").rglob("*.safetensors")) for run in (one, other)]
-    assert [path.name for path in files[0]] == [path.name for path in files[1]] != []
-    for path, twin in zip(*files, strict=True):
-        left, right = load_file(path), load_file(twin)
-        for key in left.keys() | right.keys():
-            torch.testing.assert_close(left[key], right[key], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", METHODS, ids=["lora", "full"])
-@pytest.mark.parametrize("name", ROWS)
-def test_two_processes_are_one_that_accumulates(folders, clips, tmp_path, name, method):
-    """Twenty steps with clipping at work, uneven last batches and epochs that end within a step."""
-    options = settings(name, folders[name], clips, tmp_path)
-    alone = trained(options, tmp_path, "alone", method, "training.gradient_accumulation_steps=4")
-    both = trained(options, tmp_path, "both", "--nproc", "2", method, "training.gradient_accumulation_steps=2")
-    rows = [row for row in exact_rows(alone) if "loss" in row]
-    assert min(row["grad_norm"] for row in rows) > 0.01, "clipping must be at work"
-    assert_close(alone, both)
-    assert "ddp on 2 processes" in (tmp_path / "both.log").read_text()
-
-
-def test_four_processes_save_and_others_go_on(folders, clips, tmp_path):
-    """Saved on four, resumed on two and on one: the position in the data and every number are kept."""
-    options = settings("ltx-0.9.5-i2v", folders["ltx-0.9.5-i2v"], clips, tmp_path)
-    options["data"]["validation"] = 0.3
-    options["validation"] = {"every": 5, "num_inference_steps": 2, "num_videos": 1}
-    whole = trained(options, tmp_path, "whole", "training.gradient_accumulation_steps=4")
-    parts = "training.gradient_accumulation_steps=%d"
-    trained(options, tmp_path, "parts", "--nproc", "4", parts % 1, "training.steps=7")
-    trained(options, tmp_path, "parts", "--nproc", "2", parts % 2, "training.steps=13")
-    assert_close(whole, trained(options, tmp_path, "parts", parts % 4))
-    assert "resumed from" in (tmp_path / "parts.log").read_text()
-    samples = steps_in(tmp_path / "parts" / "samples")
-    assert list(samples) == [0, 5, 10, 15, 20]
-    states = {json.loads((path / "state.json").read_text())["train"]["samples"] for path in (
-        list(steps_in(whole / "checkpoints").values())[-1],
-        list(steps_in(tmp_path / "parts" / "checkpoints").values())[-1],
-    )}  # fmt: skip
-    assert len(states) == 1
 
 
 def test_encoding_is_shared_out_and_the_same(folders, clips, tmp_path):
