@@ -90,15 +90,19 @@ class Encoder:
         unreadable: dict[str, str] = {}
         encoders = self.family.load_video_encoders(self.engine.device, self.dtype)
         with self.progress("encoding videos", len(due)) as progress:
-            for key, clip in self._read_ahead(list(due.items())):
+            done = 0
+            for number, key, clip in self._read_ahead(list(due.items())):
                 if isinstance(clip, UnusableClip):
                     unreadable[key] = str(clip)
                 else:
                     self._encode_clip(encoders, clip, wanted[key][1], missing)
-                progress.advance()
+                # Clips are handed out in order, so that their numbers say how far all processes are.
+                progress.advance(number + 1 - done)
+                done = number + 1
+            found = self.engine.gather(unreadable)
+            progress.advance(len(due) - done)
         del encoders
         _free(self.engine.device)
-        found = self.engine.gather(unreadable)
         self._remember("videos", wanted)
         self._remember("conditions", conditions)
         return {key: reason for each in found for key, reason in each.items()}
@@ -136,16 +140,19 @@ class Encoder:
         batches = [missing[start : start + _TEXTS_AT_ONCE] for start in range(0, len(missing), _TEXTS_AT_ONCE)]
         encoders = self._load_text_encoders(num_loaders=len(batches))
         with self.progress("encoding texts", len(missing)) as progress:
-            numbers = self.engine.claim(len(batches))
+            numbers, done = self.engine.claim(len(batches)), 0
             for number in numbers if self.engine.rank < len(batches) else ():
                 keys = batches[number]
                 embedded = self._embed(tokenizers, encoders, [wanted[key] for key in keys])
                 for key, tensors in zip(keys, embedded, strict=True):
                     self.cache.write("texts", key, tensors)
-                progress.advance(len(keys))
+                reached = number * _TEXTS_AT_ONCE + len(keys)
+                progress.advance(reached - done)
+                done = reached
+            self.engine.wait()
+            progress.advance(len(missing) - done)
         del encoders
         _free(self.engine.device)
-        self.engine.wait()
         self._remember("texts", wanted)
 
     def _load_text_encoders(self, *, num_loaders: int) -> dict[str, Any]:
@@ -192,19 +199,19 @@ class Encoder:
             self._fingerprints[role] = self.family.fingerprint(role)
         return self._fingerprints[role]
 
-    def _read_ahead(self, wanted: Sequence[tuple[str, Item]]) -> Iterator[tuple[str, Clip | UnusableClip]]:
-        """Decode this process's clips in threads, a few ahead of the encoder, in order."""
-        ahead: deque[tuple[str, Future[Clip | UnusableClip]]] = deque()
+    def _read_ahead(self, wanted: Sequence[tuple[str, Item]]) -> Iterator[tuple[int, str, Clip | UnusableClip]]:
+        """Decode this process's clips in threads, a few ahead of the encoder, in order; each with its number."""
+        ahead: deque[tuple[int, str, Future[Clip | UnusableClip]]] = deque()
         pool = ThreadPoolExecutor(max(self.num_workers, 1), thread_name_prefix="decode")
         try:
             for number in self.engine.claim(len(wanted)):
                 key, item = wanted[number]
-                ahead.append((key, pool.submit(_read, item)))
+                ahead.append((number, key, pool.submit(_read, item)))
                 if len(ahead) > self.num_workers:
-                    first, clip = ahead.popleft()
-                    yield first, clip.result()
-            for key, clip in ahead:
-                yield key, clip.result()
+                    first, key, clip = ahead.popleft()
+                    yield first, key, clip.result()
+            for last, key, clip in ahead:
+                yield last, key, clip.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -54,9 +55,17 @@ def assert_ran(engine: str, said: str, count: int) -> None:
         assert trained / count <= int(values.replace(",", "")) < 1.25 * trained / count
 
 
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ROWS)
+SLOW = {("cogvideox-5b", "lora", 4), ("hunyuan", "full", 4)}
+"""A minute each; each family and each method is tested on four processes without them."""
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "count"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if case in SLOW else [])
+        for case in itertools.product(ROWS, METHODS, (2, 4))
+    ],
+)
 def test_every_engine_is_one_process_that_accumulates(folders, clips, tmp_path, name, method, count):
     """Twenty steps with clipping at work, uneven last batches and epochs that end within a step."""
     config = write_config(tmp_path / "c.yaml", **settings(name, folders[name], clips, tmp_path), output="-")

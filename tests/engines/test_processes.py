@@ -16,6 +16,7 @@ import pytest
 
 from finetrainers.folder import read_rows, steps_in
 from finetrainers.hashing import file_digest
+from finetrainers.training.checkpoint import find_damage
 from tests.end_to_end.runs import exact_rows, run, write_config
 from tests.engines.tiny_runs import assert_close, settings
 
@@ -72,12 +73,21 @@ def wait_for_rows(process: subprocess.Popen[str], output: Path, count: int) -> N
         time.sleep(0.05)
 
 
-def test_a_signal_saves_on_all_and_a_killed_process_ends_all(folders, clips, tmp_path):
-    """SIGTERM to the launcher: a checkpoint, and 143. SIGKILL of one process: all end, and the run goes on exactly."""
+def children_of(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def endless(folders, clips, tmp_path, strategy: str) -> Path:
     options = settings("ltx-0.9.5-i2v", folders["ltx-0.9.5-i2v"], clips, tmp_path)
     options["training"]["steps"] = 100_000
     options["checkpoint"]["every"] = 3
-    config, output = write_config(tmp_path / "c.yaml", **options, output="-"), tmp_path / "run"
+    return write_config(tmp_path / "c.yaml", **options, parallel={"strategy": strategy}, output="-")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_signal_saves_on_all_and_a_killed_process_ends_all(folders, clips, tmp_path, strategy):
+    """SIGTERM to the launcher: a checkpoint, and 143. SIGKILL of one process: all end, and the run goes on exactly."""
+    config, output = endless(folders, clips, tmp_path, strategy), tmp_path / "run"
     process = launch(config, output)
     wait_for_rows(process, output, 5)
     process.send_signal(signal.SIGTERM)
@@ -87,19 +97,75 @@ def test_a_signal_saves_on_all_and_a_killed_process_ends_all(folders, clips, tmp
     assert exact_rows(output)[-1]["step"] == last
     process = launch(config, output)
     wait_for_rows(process, output, last + 5)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(children_of(process)[-1], signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
     assert process.returncode not in (0, None)
+    assert_goes_on_exactly(config, output, tmp_path)
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_killed_within_a_save(folders, clips, tmp_path, strategy):
+    """SIGKILL of one process while its checkpoint is being written: the one before is whole, and the run goes on from
+    it exactly."""
+    config, output = endless(folders, clips, tmp_path, strategy), tmp_path / "run"
+    left_half = 0
+    for _ in range(6):
+        if left_half == 2:
+            break
+        process = launch(config, output, "checkpoint.every=1")
+        before = max(steps_in(output / "checkpoints"), default=0)
+        deadline = time.monotonic() + 120
+        victim = None
+        while time.monotonic() < deadline and process.poll() is None:
+            if max(steps_in(output / "checkpoints"), default=0) >= before + 2:
+                victim = victim or children_of(process)[left_half % 2]
+                if any((output / "checkpoints").glob(".step-*.tmp/tensors/*")):
+                    os.kill(victim, signal.SIGKILL)
+                    break
+        process.communicate(timeout=120)
+        assert process.returncode not in (0, None)
+        left_half += any((output / "checkpoints").glob(".step-*.tmp"))
+        for checkpoint in steps_in(output / "checkpoints").values():
+            assert find_damage(checkpoint) is None
+    assert left_half == 2
+    assert_goes_on_exactly(config, output, tmp_path)
+    assert not list((output / "checkpoints").glob(".step-*.tmp"))
+
+
+def assert_goes_on_exactly(config: Path, output: Path, tmp_path: Path) -> None:
+    """Started again, a run does what one does that nothing stopped."""
     (*_, last) = steps_in(output / "checkpoints")
     end = f"training.steps={last + 4}"
-    code, said = run(["train", config, "--nproc", "2", f"output={output}", end], tmp_path / "log")
-    assert code == 0, said
-    whole = tmp_path / "whole"
-    code, said = run(["train", config, "--nproc", "2", f"output={whole}", end], tmp_path / "log")
-    assert code == 0, said
-    assert exact_rows(whole) == exact_rows(output)
+    for folder in (output, tmp_path / "whole"):
+        code, said = run(["train", config, "--nproc", "2", f"output={folder}", end], tmp_path / "log")
+        assert code == 0, said
+    assert exact_rows(tmp_path / "whole") == exact_rows(output)
     assert max(Counter(row["step"] for row in exact_rows(output)).values()) == 1
+
+
+def test_a_process_killed_while_it_encodes(folders, clips, tmp_path):
+    """All end, what is there stays as it is, and the next start does the rest: the cache of one process."""
+    options = settings("ltx-0.9.5-i2v", folders["ltx-0.9.5-i2v"], clips, tmp_path)
+    del options["data"]["cache"]
+    config = write_config(tmp_path / "c.yaml", **options, output="-")
+    assert run(["precompute", config, f"output={tmp_path / 'alone'}"], tmp_path / "log")[0] == 0
+    cache = tmp_path / "four" / "cache"
+    command = ["precompute", str(config), f"output={tmp_path / 'four'}", "--nproc", "4"]
+    process = subprocess.Popen([sys.executable, "-m", "finetrainers", *command], text=True, stderr=subprocess.PIPE)
+    while not list(cache.rglob("*.safetensors")) and process.poll() is None:
+        time.sleep(0.001)
+    os.kill(children_of(process)[-1], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    stamps = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
+    code, said = run(command, tmp_path / "log")
+    assert code == 0, said
+    digests = [
+        {path.name: file_digest(path) for path in (tmp_path / name / "cache").rglob("*.safetensors")}
+        for name in ("alone", "four")
+    ]
+    assert digests[0] == digests[1] and 0 < len(stamps) < len(digests[0])
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
 
 
 def test_torchrun_restarts_from_the_last_checkpoint_by_itself(folders, clips, tmp_path):
@@ -115,8 +181,7 @@ def test_torchrun_restarts_from_the_last_checkpoint_by_itself(folders, clips, tm
         text=True,
     )
     wait_for_rows(process, output, 12)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(children_of(process)[-1], signal.SIGKILL)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert "resumed from" in said
