@@ -63,6 +63,17 @@ def count_parameters(
     )
 
 
+def states_gib(models: Mapping[str, torch.nn.Module], *, weights_dtype: torch.dtype, optimizer: str) -> float:
+    """Weights, gradients and optimizer state of a run whose processes share none of it, from models to which the method
+    is attached, on whatever device. Trained weights and gradients are fp32; AdamW keeps two numbers of each, in fp32 or
+    in a byte."""
+    parameters = [parameter for model in models.values() for parameter in model.parameters()]
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in parameters) - trained
+    moments = 2 * (1 if optimizer == "adamw_8bit" else 4)
+    return (frozen * weights_dtype.itemsize + trained * (4 + 4 + moments)) / 2**30
+
+
 def count_flop(
     family: Family, models: Mapping[str, torch.nn.Module], bucket: Bucket, condition: Condition
 ) -> tuple[float, float]:

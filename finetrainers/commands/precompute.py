@@ -20,7 +20,7 @@ from finetrainers.engines.base import Engine
 from finetrainers.engines.build import build_engine
 from finetrainers.errors import UserError
 from finetrainers.families.base import IMAGE_TO_VIDEO, Family
-from finetrainers.families.find import find_family
+from finetrainers.families.find import all_families, find_family
 from finetrainers.folder import RunFolder, write_atomically
 from finetrainers.memory.report import MemoryReport
 from finetrainers.methods.base import Method
@@ -108,6 +108,7 @@ def complete(config: RunConfig, *, weights: bool = True) -> tuple[Family, RunCon
     family = find_family(config.model, vae_tiling=config.memory.vae_tiling, weights=weights)
     config = fill_defaults(config, family.defaults(config.method.name))
     check_sizes(family, config)
+    check_context(family, config)
     return family, config
 
 
@@ -121,18 +122,42 @@ def build_method(family: Family, config: RunConfig) -> Method:
 
 def check_sizes(family: Family, config: RunConfig) -> None:
     """Refuse buckets that the model cannot take and conditions that it cannot be given, saying why and what is near."""
+    for key, bucket, conditions in _sizes(config):
+        if reason := family.check_bucket(bucket):
+            raise UserError(f"{key} {bucket}: {reason}")
+        for condition in conditions:
+            if reason := family.check_condition(condition, bucket):
+                raise UserError(f"data.conditions {condition} with {key} {bucket}: {reason}")
+
+
+def check_context(family: Family, config: RunConfig) -> None:
+    """Refuse to split tokens over processes where the model cannot, or where heads or tokens do not divide."""
+    key, size = "parallel.context_parallel_size", config.parallel.context_parallel_size
+    if size == 1:
+        return
+    if not family.context_plan():
+        able = " and ".join(kind.name for kind in all_families() if kind.context_plan())
+        raise UserError(f"{key} {size}: the tokens of {able} can be split over processes, not of {family.name}; set 1")
+    heads = int(family.config("transformer")["num_attention_heads"])
+    counts = {f"{heads} attention heads of the model": heads}
+    for name, bucket, conditions in _sizes(config):
+        for condition in conditions:
+            length = family.sequence_length(bucket, condition)
+            counts[f"{length:,} video tokens of {name} {bucket} with {condition} given"] = length
+    if undivided := next((what for what, count in counts.items() if count % size), None):
+        fitting = [str(n) for n in range(1, heads + 1) if not any(count % n for count in counts.values())]
+        raise UserError(f"{key} {size} does not divide the {undivided}; with these sizes take {' or '.join(fitting)}")
+
+
+def _sizes(config: RunConfig) -> list[tuple[str, Bucket, list[Condition]]]:
+    """Each size of clips and sample videos: the option that names it, and which frames are given."""
     named = [("data.buckets", bucket) for bucket in resolved_buckets(config)]
     if config.validation.bucket:
         named.append(("validation.bucket", Bucket.parse(config.validation.bucket)))
     conditions = [condition for condition, _ in resolved_conditions(config)]
-    for key, bucket in named:
-        if reason := family.check_bucket(bucket):
-            raise UserError(f"{key} {bucket}: {reason}")
-        # A still image among clips is trained on with nothing given, where the model can.
-        due = [Condition()] if bucket.num_frames == 1 and Condition() in conditions else conditions
-        for condition in due:
-            if reason := family.check_condition(condition, bucket):
-                raise UserError(f"data.conditions {condition} with {key} {bucket}: {reason}")
+    # A still image among clips is trained on with nothing given, where the model can.
+    still = [Condition()] if Condition() in conditions else conditions
+    return [(key, bucket, still if bucket.num_frames == 1 else conditions) for key, bucket in named]
 
 
 def choose_scenes(config: RunConfig, family: Family, dataset: Dataset, index: FileIndex) -> list[Prompt]:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from finetrainers.commands.precompute import DTYPES, Prepared, encode
+from finetrainers.commands.precompute import DTYPES, Prepared, build_method, complete, encode
 from finetrainers.config.load import dump_config, identity, resolved_buckets, resolved_conditions
-from finetrainers.config.schema import RunConfig
+from finetrainers.config.schema import ParallelConfig, RunConfig
 from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata
 from finetrainers.encoding import Prompt
-from finetrainers.engines.build import build_engine
+from finetrainers.engines.build import build_engine, pick_strategy
+from finetrainers.engines.context import split_tokens
 from finetrainers.families.base import SamplingOptions
 from finetrainers.folder import RunFolder, write_atomically
 from finetrainers.hashing import digest, seed_for
+from finetrainers.memory.report import device_gib
+from finetrainers.planning import states_gib
 from finetrainers.reporting.report import write_report
 from finetrainers.training.callback import Callback
 from finetrainers.training.checkpoint import Checkpointer
@@ -42,7 +46,7 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
     with StopSignals() as signals:
         check_trackers(config.tracking.trackers)
         run = RunFolder(config.output)
-        engine = build_engine(config.parallel)
+        engine = build_engine(plain_strategy(config))
         check_optimizer(config.optimizer.name, shared=engine.shares)
         if resume == "never" and engine.is_main:
             set_aside(run)
@@ -88,6 +92,28 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
     return 0
 
 
+def plain_strategy(config: RunConfig) -> ParallelConfig:
+    """The `parallel` section with `auto` made plain, where there are several processes: by what each would hold."""
+    if config.parallel.strategy != "auto" or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return config.parallel
+    family, whole = complete(config, weights=False)
+    method = build_method(family, whole)
+    models = method.build()
+    with torch.device("meta"):
+        method.attach(models, seed=0)
+    needed = states_gib(models, weights_dtype=method.weights_dtype, optimizer=config.optimizer.name)
+    strategy = pick_strategy(needed, device_gib())
+    if "transformer_2" in models or config.optimizer.name == "adamw_8bit":
+        strategy = "ddp"  # The only one that has them.
+    logger.info(
+        "parallel.strategy auto is %s: weights, gradients and optimizer state are %.3g GiB, the device has %.3g GiB",
+        strategy,
+        needed,
+        device_gib(),
+    )
+    return config.parallel.model_copy(update={"strategy": strategy})
+
+
 _OPTIMIZER_SETTINGS = {"lr", "betas", "eps", "weight_decay"}
 _TRAINING_SETTINGS = {"steps", "gradient_accumulation_steps", "max_grad_norm", "seed"}
 
@@ -118,10 +144,12 @@ def load_trained(prepared: Prepared) -> tuple[dict[str, torch.nn.Module], dict[s
     seed_random_state(config.training.seed)
     models = method.load(engine.device) if engine.is_main else method.build()
     method.attach(models, seed_for(config.training.seed, "adapters"))
+    transformers = [cast(Any, model) for name, model in models.items() if name.startswith("transformer")]
     if config.training.gradient_checkpointing:
-        for name, model in models.items():
-            if name.startswith("transformer"):
-                cast(Any, model).enable_gradient_checkpointing()
+        for transformer in transformers:
+            transformer.enable_gradient_checkpointing()
+    if engine.context_size > 1:
+        split_tokens(transformers, prepared.family.context_plan(), device=engine.device, size=engine.context_size)
     blocks = {name: prepared.family.blocks(name, model) for name, model in models.items()}
     engine.prepare(models, blocks, method.linear_dtype)
     trained = method.trained(models)
@@ -143,7 +171,7 @@ def build_drawer(prepared: Prepared, samples: list[Sample]) -> BatchDrawer:
         strata=Strata(
             training.seed,
             training.batch_size,
-            training.gradient_accumulation_steps * prepared.engine.world_size,
+            training.gradient_accumulation_steps * prepared.engine.data_size,
         ),
         caption_dropout=prepared.config.data.caption_dropout,
         conditions=resolved_conditions(prepared.config),
@@ -161,15 +189,15 @@ def build_stream(prepared: Prepared, drawer: BatchDrawer) -> BatchStream:
         len(drawer.samples),
         order.batches_per_epoch,
         training.steps,
-        training.steps * training.gradient_accumulation_steps * engine.world_size / order.batches_per_epoch,
+        training.steps * training.gradient_accumulation_steps * engine.data_size / order.batches_per_epoch,
     )
     return BatchStream(
         order,
         drawer,
         config.data.num_workers,
         pin_memory=engine.device.type == "cuda",
-        rank=engine.rank,
-        world_size=engine.world_size,
+        rank=engine.data_rank,
+        world_size=engine.data_size,
     )
 
 

@@ -242,6 +242,10 @@ class ParallelConfig(Section):
     """`ddp` gives each process the whole model and its own batches. `fsdp` gives each a share of every weight, gradient
     and optimizer state (torch's FSDP2), which takes less memory and more communication. `deepspeed` is DeepSpeed's
     ZeRO. `auto` takes `ddp` where there are several processes (`--nproc`, torchrun), and runs without it in one."""
+    context_parallel_size: PositiveCount = Field(1, json_schema_extra=FREE)
+    """With `ddp` and `fsdp`, the number of processes that take each batch together and split its video tokens between
+    them, for clips whose activations do not fit one GPU (LTX-Video and Wan). It must divide the number of processes, of
+    attention heads, and of tokens of each size."""
     shard_size: PositiveCount | None = Field(None, json_schema_extra=FREE)
     """With `fsdp`, the number of processes that share one copy of the weights. Left out: all. On several machines, the
     number of GPUs in one keeps weights from crossing the network (hybrid sharding)."""

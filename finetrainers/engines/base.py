@@ -25,6 +25,8 @@ class Engine(ABC):
     device: torch.device
     rank: int
     world_size: int
+    context_size = 1
+    """Processes of following ranks that take the same batches and split their tokens between them."""
     _saving_group: Any = None
     """The processes that write a checkpoint together; None where there is one."""
     shares = False
@@ -36,6 +38,21 @@ class Engine(ABC):
     def is_main(self) -> bool:
         """Whether this process writes and speaks for all."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Whose batches this process takes, of `data_size`."""
+        return self.rank // self.context_size
+
+    @property
+    def data_size(self) -> int:
+        """How many take batches of their own: processes, or groups of `context_size`."""
+        return self.world_size // self.context_size
+
+    @property
+    def context_rank(self) -> int:
+        """Which part of each batch's tokens this process takes."""
+        return self.rank % self.context_size
 
     @property
     def generator(self) -> torch.Generator:
@@ -144,7 +161,7 @@ class Engine(ABC):
 
     @abstractmethod
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all processes."""
+        """The sum of a tensor over all batches: over all processes, of which those that split a batch have the same."""
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:

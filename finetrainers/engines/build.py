@@ -34,12 +34,23 @@ def build_engine(options: Any) -> Engine:
 
 
 _OPTIONS = {
+    "context_parallel_size": ("ddp", "fsdp"),
     "shard_size": ("fsdp",),
     "offload": ("fsdp", "deepspeed"),
     "zero_stage": ("deepspeed",),
     "deepspeed_config": ("deepspeed",),
 }
 """The strategies that have an option; the others refuse it."""
+
+
+def pick_strategy(states_gib: float, device_gib: float) -> str:
+    """`ddp` where weights, gradients and optimizer state fit the device beside the activations of a step, else `fsdp`.
+    Where both fit, DDP is the faster: it sends gradients once a step, and no weights."""
+    return "ddp" if states_gib <= _STATES_SHARE * device_gib else "fsdp"
+
+
+_STATES_SHARE = 0.7
+"""Of a device's memory; the rest is for activations, which gradient checkpointing keeps to a few layers'."""
 
 
 def check_options(strategy: str, options: Any) -> None:
@@ -61,11 +72,15 @@ def _on_processes(strategy: str, options: Any) -> Engine:
     if strategy == "ddp":
         from finetrainers.engines.ddp import DDPEngine
 
-        return DDPEngine()
+        return DDPEngine(context_size=options.context_parallel_size)
     if strategy == "fsdp":
         from finetrainers.engines.fsdp import FSDPEngine
 
-        return FSDPEngine(shard_size=options.shard_size, offload=options.offload == "parameters")
+        return FSDPEngine(
+            context_size=options.context_parallel_size,
+            shard_size=options.shard_size,
+            offload=options.offload == "parameters",
+        )
     from finetrainers.engines.deepspeed import DeepSpeedEngine, read_user_settings, zero_settings
 
     user = read_user_settings(Path(options.deepspeed_config)) if options.deepspeed_config else None

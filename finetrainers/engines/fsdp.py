@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -23,13 +24,13 @@ class FSDPEngine(Processes):
     shares = True
     together = True
 
-    def __init__(self, *, shard_size: int | None = None, offload: bool = False) -> None:
+    def __init__(self, *, context_size: int = 1, shard_size: int | None = None, offload: bool = False) -> None:
         """Weights are shared by groups of `shard_size` processes, by default all. With `offload`, what is not at work
         lies on the host.
 
         Raises UserError when the processes do not make up whole groups.
         """
-        super().__init__()
+        super().__init__(context_size=context_size)
         # A warning for who would change a model's answer in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         size = shard_size or self.world_size
@@ -49,16 +50,22 @@ class FSDPEngine(Processes):
         self.refuse_two_experts(models, "fsdp")
         for name, model in models.items():
             # One layer is whole on the device at a time.
-            for module in (*blocks[name], model):
-                self.receive(module)
-                if dtype is not None:
-                    self._shard(list(_linears(module)), MixedPrecisionPolicy(dtype, torch.float32, None, False))
-                self._shard(module, MixedPrecisionPolicy())
+            for block in blocks[name]:
+                self.receive(block)
+                self._shard(block, dtype, again=True)
+            self.receive(model)
+            # A text encoder of transformers records its hidden states by the name of its class, which sharding changes;
+            # its embeddings stay whole.
+            if name.startswith("transformer"):
+                self._shard(model, dtype, again=None)
 
-    def _shard(self, modules: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy) -> None:
-        """Share out the weights of modules, as far as it was not done by layers within; they travel together."""
-        if modules:
-            fully_shard(modules, mesh=self._mesh, mp_policy=policy, offload_policy=self._offload)
+    def _shard(self, module: nn.Module, dtype: torch.dtype | None, *, again: bool | None) -> None:
+        """Share out the weights of a module, as far as it was not done by layers within. They travel together, linear
+        layers in `dtype`; `again` is whether they are let go after the forward pass, which None leaves to torch."""
+        share = partial(fully_shard, mesh=self._mesh, offload_policy=self._offload, reshard_after_forward=again)
+        if dtype is not None and (linears := list(_linears(module))):
+            share(linears, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, None, False))
+        share(module, mp_policy=MixedPrecisionPolicy())
 
     def _local(self, gradient: Tensor) -> Tensor:
         assert isinstance(gradient, DTensor)

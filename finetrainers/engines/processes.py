@@ -23,12 +23,20 @@ _PATIENCE = timedelta(hours=2)
 class Processes(Engine):
     """Processes that torchrun started, over NCCL on CUDA devices and gloo on CPUs."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, context_size: int = 1) -> None:
+        """Each batch is taken by `context_size` processes together. Raises UserError when the processes do not make up
+        whole groups of so many."""
         on_cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_cuda else torch.device("cpu")
         if on_cuda:
             torch.cuda.set_device(self.device)
         shared, self.rank, self.world_size = next(rendezvous("env://", timeout=_PATIENCE))
+        if self.world_size % context_size:
+            raise UserError(
+                f"parallel.context_parallel_size {context_size} does not divide {self.world_size} processes into whole "
+                "groups; start a multiple of it with --nproc"
+            )
+        self.context_size = context_size
         # torchrun restarts processes over the store that those before them wrote to, addresses and all.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = dist.PrefixStore(f"attempt-{attempt}", shared)  # type: ignore[attr-defined]
@@ -54,7 +62,7 @@ class Processes(Engine):
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.clone()
         dist.all_reduce(total)
-        return total
+        return total / self.context_size
 
     def gather(self, value: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.world_size

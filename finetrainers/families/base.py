@@ -123,6 +123,10 @@ class Family(ABC):
     def num_tokens(self, bucket: Bucket) -> int:
         """Length of the transformer's video sequence for a clip of this size."""
 
+    def sequence_length(self, bucket: Bucket, condition: Condition) -> int:
+        """The same with frames given, which may lengthen it."""
+        return self.num_tokens(bucket)
+
     # The objective that it was trained with.
 
     def alphas_cumprod(self) -> Tensor | None:
@@ -146,6 +150,13 @@ class Family(ABC):
         if name.startswith("transformer"):
             return [block for blocks in self.block_lists for block in getattr(model, blocks)]
         return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+
+    @classmethod
+    def context_plan(cls) -> dict[str, Any]:
+        """How the transformer's video tokens are split over processes, by names of modules, as diffusers'
+        `apply_context_parallel` takes it; empty where they cannot be. Self-attentions (`attn1`) and a timestep for each
+        token are seen to."""
+        return {}
 
     @abstractmethod
     def load_transformers(self, dtype: torch.dtype) -> dict[str, torch.nn.Module]:

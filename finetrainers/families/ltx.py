@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -96,6 +97,18 @@ class LTXVideo(Family):
     def num_tokens(self, bucket: Bucket) -> int:
         frames, height, width = self.latent_shape(bucket)
         return frames * height * width
+
+    def sequence_length(self, bucket: Bucket, condition: Condition) -> int:
+        # The last frame is more tokens, in front of the clip's.
+        return self.num_tokens(bucket) + (self.num_tokens(replace(bucket, num_frames=1)) if condition.num_last else 0)
+
+    @classmethod
+    def context_plan(cls) -> dict[str, Any]:
+        from diffusers import LTXVideoTransformer3DModel
+
+        # Theirs splits the text as well, and so asks that its length divides.
+        plan: dict[str, Any] = dict(LTXVideoTransformer3DModel._cp_plan)
+        return {**plan, "": {"hidden_states": plan[""]["hidden_states"]}}
 
     def build_transformers(self) -> dict[str, torch.nn.Module]:
         return {"transformer": build_network("LTXVideoTransformer3DModel", self.folder, "transformer")}

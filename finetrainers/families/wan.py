@@ -112,6 +112,13 @@ class Wan(Family):
     def num_tokens(self, bucket: Bucket) -> int:
         return self.variant.num_tokens(bucket)
 
+    @classmethod
+    def context_plan(cls) -> dict[str, Any]:
+        from diffusers import WanTransformer3DModel
+
+        # Theirs splits TI2V-5B's timestep as well, and warns of all others'.
+        return {module: split for module, split in WanTransformer3DModel._cp_plan.items() if module}
+
     @property
     def trained_names(self) -> tuple[str, ...]:
         """The transformers that are trained."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import sys
 import time
@@ -33,6 +34,14 @@ def allocated_gib(device: torch.device) -> float:
     if not statm.exists():
         return peak_memory_gib(device)
     return int(statm.read_text().split()[1]) * resource.getpagesize() / _GIB
+
+
+def device_gib() -> float:
+    """Memory of this process's device; on a CPU, its share of the host's among the processes started there."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory / _GIB
+    whole = os.sysconf("SC_PHYS_PAGES") * resource.getpagesize() / _GIB
+    return whole / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class MemoryReport:

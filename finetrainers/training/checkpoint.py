@@ -192,7 +192,7 @@ def _check_identity(checkpoint: Path, saved: dict[str, Any], current: dict[str, 
 
 
 def _batches_per_step(trainer: Trainer) -> dict[str, int]:
-    return {"accumulated": trainer.gradient_accumulation_steps, "processes": trainer.engine.world_size}
+    return {"accumulated": trainer.gradient_accumulation_steps, "processes": trainer.engine.data_size}
 
 
 def _check_step(checkpoint: Path, saved: dict[str, int], current: dict[str, int]) -> None:

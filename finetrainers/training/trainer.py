@@ -73,16 +73,18 @@ class Trainer:
                 callback.close()
 
     def step(self, stream: Iterator[Drawn]) -> StepOutcome:
-        """One optimizer step over `gradient_accumulation_steps` batches of each process, each sample weighing the
-        same."""
+        """One optimizer step over `gradient_accumulation_steps` batches of each process, or of each group that splits
+        them; each sample weighs the same."""
         begun = time.perf_counter()
         drawn = [next(stream) for _ in range(self.gradient_accumulation_steps)]
         data_time = time.perf_counter() - begun
         num_samples = sum(each.num_samples for each in drawn)
         shares = []
         for each in drawn:
-            # The only draws not made with the batch are a method's own, such as LoRA dropout.
-            self.engine.generator.manual_seed(seed_for(self.seed, "pass", each.position))
+            # The only draws not made with the batch are a method's own, such as LoRA dropout; of a batch that is split
+            # each process draws for its tokens.
+            seed = seed_for(self.seed, "pass", each.position) + self.engine.context_rank
+            self.engine.generator.manual_seed(seed)
             with self.engine.accumulate(is_last=each is drawn[-1]):
                 share = self._spread(self._to_device(each.batch)).sum() / num_samples
                 self.engine.backward(share)
@@ -91,7 +93,7 @@ class Trainer:
         grad_norm = self.engine.step()
         self.schedule.step()
         self.state.step += 1
-        self.state.batches += len(drawn) * self.engine.world_size
+        self.state.batches += len(drawn) * self.engine.data_size
         self.state.samples += num_samples
         return StepOutcome(
             step=self.state.step,
@@ -103,7 +105,7 @@ class Trainer:
             data_time=data_time,
             num_samples=num_samples,
             # Of this process; the others' are as many but for the last batches of an epoch.
-            num_tokens=sum(each.batch.num_tokens for each in drawn) * self.engine.world_size,
+            num_tokens=sum(each.batch.num_tokens for each in drawn) * self.engine.data_size,
         )
 
     def _is_asked_to_stop(self) -> bool:

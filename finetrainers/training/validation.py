@@ -46,14 +46,17 @@ class HeldOutLoss:
     def measure(self, trainer: Trainer) -> float:
         """The mean, with the models as they are now; every process takes its share. Each noise level is a pass of its
         own, to need no more memory than a step of batch size 1."""
-        rank, world_size = trainer.engine.rank, trainer.engine.world_size
+        engine = trainer.engine
         passes = [(index, level) for index in range(len(self.drawer.samples)) for level in self.levels]
         # Where a pass needs all processes, those that have none left repeat the last; what it gives is not looked at.
-        padding = passes[-1:] * (-len(passes) % world_size if trainer.engine.together else 0)
-        losses = [trainer.loss(self.drawer.fixed(*each)) for each in (passes + padding)[rank::world_size]]
-        shares = trainer.engine.gather(torch.cat(losses).tolist() if losses else [])
+        padding = passes[-1:] * (-len(passes) % engine.data_size if engine.together else 0)
+        mine = (passes + padding)[engine.data_rank :: engine.data_size]
+        losses = [trainer.loss(self.drawer.fixed(*each)) for each in mine]
+        # Processes that split a pass have the same of it.
+        shares = engine.gather(torch.cat(losses).tolist() if losses else [])[:: engine.context_size]
         # In the order of one process, so that their number does not change the sum.
-        return statistics.fmean(shares[number % world_size][number // world_size] for number in range(len(passes)))
+        order = (divmod(number, engine.data_size) for number in range(len(passes)))
+        return statistics.fmean(shares[share][turn] for turn, share in order)
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ class SampleVideos:
             name = scene.prompt if scene.prompt not in videos else f"{scene.prompt} ({number})"
             videos[name] = folder / f"{number:02d}-{slug(scene.prompt)}.mp4"
         shots = list(zip(self.scenes, videos.values(), strict=True))
-        padding = [(self.scenes[-1], None)] * (-len(shots) % engine.world_size if engine.together else 0)
-        if mine := [*shots, *padding][engine.rank :: engine.world_size]:
+        padding = [(self.scenes[-1], None)] * (-len(shots) % engine.data_size if engine.together else 0)
+        if mine := [*shots, *padding][engine.data_rank :: engine.data_size]:
             self._shoot(trainer, mine)
         engine.wait()
         if engine.is_main:
@@ -111,7 +114,7 @@ class SampleVideos:
                 video_FHWC = self.family.render(
                     pipeline, self.bucket, self.options, **given_images(scene.item, self.condition), **prompt
                 )
-            if path is not None:
+            if path is not None and trainer.engine.context_rank == 0:
                 write_video(path, video_FHWC.numpy(), self.options.fps)
 
     def _text(self, trainer: Trainer, key: str) -> Mapping[str, torch.Tensor]:

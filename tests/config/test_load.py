@@ -317,8 +317,8 @@ CHANGES_NUMBERS = {
 CHANGES_NONE = {
     "output": "runs/y", "data.num_workers": 0, "data.strict": True, "data.cache": "cache", "training.steps": 5,
     "training.gradient_checkpointing": False, "parallel.strategy": "ddp",
-    "parallel.shard_size": 2, "parallel.zero_stage": 3, "parallel.offload": "optimizer",
-    "parallel.deepspeed_config": "ds.json",
+    "parallel.context_parallel_size": 2, "parallel.shard_size": 2, "parallel.zero_stage": 3,
+    "parallel.offload": "optimizer", "parallel.deepspeed_config": "ds.json",
     "validation.every": 5, "validation.prompts": "x", "validation.num_videos": 0, "validation.negative_prompt": "x",
     "validation.num_inference_steps": 1, "validation.guidance_scale": 1, "validation.bucket": "9x32x32",
     "validation.timesteps": 1, "validation.images": "x.png", "checkpoint.every": 5, "checkpoint.keep": 1,

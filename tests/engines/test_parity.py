@@ -84,3 +84,16 @@ def test_every_engine_is_one_process_that_accumulates(folders, clips, tmp_path, 
     for engine, part in zip(ENGINES, parts, strict=True):
         assert_ran(engine, part, count)
         assert_close(tmp_path / "alone", tmp_path / engine)
+
+
+@pytest.mark.parametrize("name", [pytest.param("ltx-0.9.0", marks=pytest.mark.slow), "hunyuan"])
+def test_a_trained_text_encoder_is_spread_too(folders, clips, tmp_path, name):
+    config = write_config(tmp_path / "c.yaml", **settings(name, folders[name], clips, tmp_path), output="-")
+    command = ["train", config, "method={name: lora, rank: 4, text_encoder: lora}"]
+    alone = [*command, "training.gradient_accumulation_steps=2", f"output={tmp_path / 'alone'}"]
+    assert run(alone, tmp_path / "alone.log")[0] == 0
+    engines = ("ddp", "fsdp", "deepspeed 3")
+    commands = [[*command, f"output={tmp_path / engine}", *overrides(engine, tmp_path)] for engine in engines]
+    run_together(2, commands, tmp_path / "log")
+    for engine in engines:
+        assert_close(tmp_path / "alone", tmp_path / engine)

@@ -37,6 +37,10 @@ def assert_close(one: Path, other: Path) -> None:
         assert left == pytest.approx(right, rel=1e-5, abs=1e-6), (other.name, left["step"])
     files = [sorted((run / "weights" / "latest").rglob("*.safetensors")) for run in (one, other)]
     assert [path.name for path in files[0]] == [path.name for path in files[1]] != []
+    configs = [
+        [path.read_text() for path in sorted((run / "weights" / "latest").rglob("*.json"))] for run in (one, other)
+    ]
+    assert configs[0] == configs[1]
     for path, twin in zip(*files, strict=True):
         left, right = load_file(path), load_file(twin)
         for key in left.keys() | right.keys():
