@@ -90,7 +90,7 @@ class Phase:
     def advance(self, n: int = 1) -> None:
         """`n` more are done."""
         self._done += n
-        if self._line.is_due(self._done):
+        if self._done != self._line.shown and self._line.is_due(self._done):
             self._draw()
 
     def close(self) -> None:

@@ -75,8 +75,18 @@ def pixels_of(path: Path) -> torch.Tensor:
     return read_window(path, media, window, height=media.height, width=media.width).float()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("name", "condition"), CASES, ids=lambda value: value)
+QUICK = {("ltx-0.9.5-i2v", "first_last", "lora"), ("wan-2.1-i2v", "first", "lora"), ("wan-2.2-5b-i2v", "first", "full")}
+"""Half a minute each; the others are marked slow."""
+
+
+@pytest.mark.parametrize(
+    ("name", "condition", "method"),
+    [
+        pytest.param(*case, method, marks=[] if (*case, method) in QUICK else [pytest.mark.slow])
+        for case in CASES
+        for method in METHODS
+    ],
+)
 def test_split_tokens_give_the_numbers_of_one_process(folders, clips, tmp_path, name, condition, method):
     """Pairs split each batch: one pair, and two with batches of their own; twenty steps with clipping at work."""
     config = config_of(folders, clips, tmp_path, name, condition)

@@ -76,7 +76,7 @@ def test_what_a_checkpoint_holds(model, tmp_path):
     assert load_file(folder / SHARD).keys() == expected
     state = json.loads((folder / "state.json").read_text())
     assert state["train"] == {"step": 6, "batches": 6, "samples": 10}
-    assert state.keys() == {"train", "schedule", "identity", "batches_per_step", "versions"}
+    assert state.keys() == {"train", "schedule", "identity", "batches_per_step", "layout", "versions"}
     assert load_file(folder / "random.safetensors").keys() == {
         "python",
         "python_gauss",
