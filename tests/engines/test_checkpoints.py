@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from finetrainers.folder import steps_in
 from tests.end_to_end.runs import exact_rows, run, write_config
@@ -114,6 +115,30 @@ def test_bf16_is_the_same_sharded_with_activations_computed_again(folders, clips
         # From the second step on, rounding in bf16 makes more of the order in which gradients are added.
         assert ours[:2] == [pytest.approx(row, rel=1e-5) for row in theirs[:2]], method
         assert ours == [pytest.approx(row, rel=1e-3) for row in theirs], method
+
+
+def test_adapters_are_fp32_beside_frozen_bf16(folders, clips, tmp_path):
+    """Under each engine: in the file that a user takes away, which is written as they are, they have more than bf16."""
+    config = config_of(folders, clips, tmp_path)
+    engines = [
+        {"strategy": "ddp"},
+        {"strategy": "fsdp"},
+        {"strategy": "deepspeed", "zero_stage": 1},
+        {"strategy": "deepspeed", "zero_stage": 2},
+        {"strategy": "deepspeed", "zero_stage": 3},
+    ]
+    commands = [
+        [*command(config, tmp_path / str(number), "lora", engine, steps=3, accumulated=1), "training.precision=bf16"]
+        for number, engine in enumerate(engines)
+    ]
+    run_together(2, commands, tmp_path / "log")
+    losses = [[row["loss"] for row in exact_rows(tmp_path / str(number))] for number in range(len(engines))]
+    assert losses == [pytest.approx(losses[0], rel=5e-3)] * len(engines)
+    for number, engine in enumerate(engines):
+        (file,) = (tmp_path / str(number) / "weights" / "latest").glob("*.safetensors")
+        for name, tensor in load_file(file).items():
+            assert tensor.dtype == torch.float32, engine
+            assert not torch.equal(tensor, tensor.bfloat16().float()), (engine, name)
 
 
 def test_both_experts_train_under_ddp_alone(folders, clips, tmp_path):
