@@ -144,7 +144,7 @@ def test_validation_images_are_what_the_videos_begin_with(base, beside, tmp_path
 
 
 def newest_state(output: Path) -> str:
-    return (output / "checkpoints" / "step-00000003" / "state.json").read_text()
+    return (output / "checkpoints" / "step-00000003" / "tensors" / "optimizer.json").read_text()
 
 
 EFFECTS: list[tuple[str, Callable[[Path], bool]]] = [

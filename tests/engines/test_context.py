@@ -66,7 +66,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     # Before the first step, while the weights are the same: two denoising steps make much of a difference of 1e-6.
     first, twin = (next(iter(steps_in(folder / "samples").values())) for folder in (one, other))
     for path in first.glob("*.mp4"):
-        assert (pixels_of(path) - pixels_of(twin / path.name)).abs().mean() < 0.1, (other.name, path.name)
+        # Of 255. A rounding to eight bits that falls otherwise is coded otherwise.
+        assert (pixels_of(path) - pixels_of(twin / path.name)).abs().mean() < 2, (other.name, path.name)
 
 
 def pixels_of(path: Path) -> torch.Tensor:

@@ -55,8 +55,8 @@ def assert_ran(engine: str, said: str, count: int) -> None:
         assert trained / count <= int(values.replace(",", "")) < 1.25 * trained / count
 
 
-SLOW = {("cogvideox-5b", "lora", 4), ("hunyuan", "full", 4)}
-"""A minute each; each family and each method is tested on four processes without them."""
+SLOW = {("ltx-0.9.5-i2v", "full", 4), ("cogvideox-5b", "lora", 4), ("hunyuan", "full", 4)}
+"""Up to a minute each; each family and each method is tested on four processes without them."""
 
 
 @pytest.mark.parametrize(
