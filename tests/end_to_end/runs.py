@@ -50,8 +50,8 @@ class Run:
             time.sleep(0.005)
         os.kill(self.process.pid, number)
 
-    def end(self, timeout: float = 120) -> int:
-        """Wait for the end and return the exit code."""
+    def end(self, timeout: float = 550) -> int:
+        """Wait for the end and return the exit code. Most tests have a shorter limit of their own."""
         self.process.join(timeout)
         assert not self.process.is_alive(), f"still running after {timeout} s:\n{self.said()}"
         return self.process.exitcode

@@ -75,13 +75,15 @@ def test_every_engine_is_one_process_that_accumulates(folders, clips, tmp_path, 
     assert code == 0, said
     rows = [row for row in exact_rows(tmp_path / "alone") if "loss" in row]
     assert len(rows) == 20 and min(row["grad_norm"] for row in rows) > 0.01, "clipping must be at work"
+    # On four processes without the two whose offload is that of two processes.
+    engines = [engine for engine in ENGINES if count == 2 or ENGINES[engine].get("offload") != "parameters"]
     commands = [
         [*command, accumulated % (4 // count), f"output={tmp_path / engine}", *overrides(engine, tmp_path)]
-        for engine in ENGINES
+        for engine in engines
     ]
     said = run_together(count, commands, tmp_path / "log")
     parts = re.split(r"(?=^\w+ on \d processes$)", said, flags=re.M)[1:]
-    for engine, part in zip(ENGINES, parts, strict=True):
+    for engine, part in zip(engines, parts, strict=True):
         assert_ran(engine, part, count)
         assert_close(tmp_path / "alone", tmp_path / engine)
 

@@ -67,7 +67,7 @@ def launch(config: Path, output: Path, *overrides: str) -> subprocess.Popen[str]
 
 
 def wait_for_rows(process: subprocess.Popen[str], output: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (output / "metrics.jsonl").exists() or len(read_rows(output / "metrics.jsonl")) < count:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
@@ -91,14 +91,14 @@ def test_a_signal_saves_on_all_and_a_killed_process_ends_all(folders, clips, tmp
     process = launch(config, output)
     wait_for_rows(process, output, 5)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 143, said
     (*_, last) = steps_in(output / "checkpoints")
     assert exact_rows(output)[-1]["step"] == last
     process = launch(config, output)
     wait_for_rows(process, output, last + 5)
     os.kill(children_of(process)[-1], signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode not in (0, None)
     assert_goes_on_exactly(config, output, tmp_path)
 
@@ -114,7 +114,7 @@ def test_killed_within_a_save(folders, clips, tmp_path, strategy):
             break
         process = launch(config, output, "checkpoint.every=1")
         before = max(steps_in(output / "checkpoints"), default=0)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         victim = None
         while time.monotonic() < deadline and process.poll() is None:
             if max(steps_in(output / "checkpoints"), default=0) >= before + 2:
@@ -122,7 +122,7 @@ def test_killed_within_a_save(folders, clips, tmp_path, strategy):
                 if any((output / "checkpoints").glob(".step-*.tmp/tensors/*")):
                     os.kill(victim, signal.SIGKILL)
                     break
-        process.communicate(timeout=120)
+        process.communicate(timeout=300)
         assert process.returncode not in (0, None)
         left_half += any((output / "checkpoints").glob(".step-*.tmp"))
         for checkpoint in steps_in(output / "checkpoints").values():
@@ -155,7 +155,7 @@ def test_a_process_killed_while_it_encodes(folders, clips, tmp_path):
     while not list(cache.rglob("*.safetensors")) and process.poll() is None:
         time.sleep(0.001)
     os.kill(children_of(process)[-1], signal.SIGKILL)
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     assert process.returncode not in (0, None)
     stamps = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
     code, said = run(command, tmp_path / "log")
