@@ -5,14 +5,12 @@ Run: python benchmarks/predicted.py
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import diffusers
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +22,7 @@ from finetrainers.config.load import build_config  # noqa: E402
 from finetrainers.planning import BucketPlan, count_flop  # noqa: E402
 from finetrainers.scaling import Cluster, Work, predict  # noqa: E402
 from finetrainers.types import Bucket, Condition  # noqa: E402
-from tests.families.tiny import TINY  # noqa: E402
+from tests.families.full_size import write_full_size  # noqa: E402
 
 # The tiny model whose other parts are taken, what differs from the transformer class's own defaults, and a size.
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -41,21 +39,10 @@ ENGINES = ("ddp", "fsdp", "fsdp hybrid")
 NODES = (1, 8, 64)
 
 
-def write_full_size(name: str, folder: Path) -> None:
-    """A tiny model's folder with the published transformer's config in it, and T5-XXL's width of the text."""
-    row, changes, _ = MODELS[name]
-    TINY[row].write(folder)
-    config = json.loads((folder / "transformer" / "config.json").read_text())
-    with torch.device("meta"):
-        getattr(diffusers, config["_class_name"])(**changes).save_config(folder / "transformer")
-    text_config = folder / "text_encoder" / "config.json"
-    text_config.write_text(json.dumps({**json.loads(text_config.read_text()), "d_model": 4096}))
-
-
 def count_work(name: str, method_name: str) -> Work:
     """What a step of one clip asks of each GPU, with every other option left out."""
     with tempfile.TemporaryDirectory() as folder:
-        write_full_size(name, Path(folder) / "model")
+        write_full_size(*MODELS[name][:2], Path(folder) / "model")
         size = MODELS[name][2]
         settings = {
             "model": {"path": f"{folder}/model"},

@@ -54,24 +54,19 @@ class Plan:
         return asdict(self)
 
 
-def count_parameters(
-    models: Mapping[str, torch.nn.Module], trained: Mapping[str, torch.nn.Parameter]
-) -> tuple[int, int]:
+def count_parameters(models: Mapping[str, torch.nn.Module]) -> tuple[int, int]:
     """All parameters of the models as they will be trained, and those that move."""
-    return sum(p.numel() for model in models.values() for p in model.parameters()), sum(
-        p.numel() for p in trained.values()
-    )
+    parameters = [parameter for model in models.values() for parameter in model.parameters()]
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def states_gib(models: Mapping[str, torch.nn.Module], *, weights_dtype: torch.dtype, optimizer: str) -> float:
     """Weights, gradients and optimizer state of a run whose processes share none of it, from models to which the method
     is attached, on whatever device. Trained weights and gradients are fp32; AdamW keeps two numbers of each, in fp32 or
     in a byte."""
-    parameters = [parameter for model in models.values() for parameter in model.parameters()]
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in parameters) - trained
+    every, trained = count_parameters(models)
     moments = 2 * (1 if optimizer == "adamw_8bit" else 4)
-    return (frozen * weights_dtype.itemsize + trained * (4 + 4 + moments)) / 2**30
+    return ((every - trained) * weights_dtype.itemsize + trained * (4 + 4 + moments)) / 2**30
 
 
 def count_flop(

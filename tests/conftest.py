@@ -21,6 +21,19 @@ def real_clips() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the tiny models by the names of their rows, each written when it is first asked for."""
+    from tests.families.tiny import TINY
+
+    class Written(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            self[name] = TINY[name].write(tmp_path_factory.mktemp("models") / name)
+            return self[name]
+
+    return Written()
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_it_was():
     """A command run in-process sets up logging for its process; the next test finds it as the last one did."""

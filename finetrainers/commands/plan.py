@@ -31,7 +31,6 @@ def plan(config: RunConfig, *, json: bool, nodes: int | None, gpus_per_node: int
     with torch.device("meta"):
         models = method.build()
         method.attach(models, seed=0)
-    trained = method.trained(models)
     for name, model in models.items():
         if config.training.gradient_checkpointing and name.startswith("transformer"):
             cast(Any, model).enable_gradient_checkpointing()
@@ -40,7 +39,7 @@ def plan(config: RunConfig, *, json: bool, nodes: int | None, gpus_per_node: int
         family,
         dataset,
         plan_buckets(family, models, dataset.train, condition),
-        count_parameters(models, trained),
+        count_parameters(models),
         method=config.method.name,
         options=config.training,
     )
@@ -63,20 +62,17 @@ def step_work(method: Method, models: Mapping[str, torch.nn.Module], bucket: Buc
     gathered, because a pass asks one."""
     if bucket.forward_tflop is None or bucket.training_tflop is None:
         return None
-    parameters = [parameter for model in models.values() for parameter in model.parameters()]
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in parameters) - trained
+    every, trained = count_parameters(models)
     transformer = next(model for name, model in models.items() if name.startswith("transformer"))
-    blocks = [len(part) for part in transformer.children() if isinstance(part, torch.nn.ModuleList)]
     return Work(
         forward_tflop=options.batch_size * bucket.forward_tflop,
         training_tflop=options.batch_size * bucket.training_tflop,
         passes=options.gradient_accumulation_steps,
         batch_size=options.batch_size,
         trained_parameters=trained,
-        weight_bytes=4 * trained + method.weights_dtype.itemsize * frozen,
+        weight_bytes=4 * trained + method.weights_dtype.itemsize * (every - trained),
         gathered_bytes=method.dtype.itemsize * sum(parameter.numel() for parameter in transformer.parameters()),
-        num_blocks=sum(blocks) or 1,
+        num_blocks=len(method.family.blocks("transformer", transformer)),
     )
 
 

@@ -150,7 +150,7 @@ class Engine(ABC):
         self, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, folder: Path
     ) -> Callable[[], None]:
         """Begin to write what is trained and the optimizer's state, as they are now, into a folder, by all processes.
-        What is returned waits until all of them have written."""
+        What is returned waits until all of them have written; it is called in a thread, and so talks to no process."""
         return state.save(trained, optimizer, folder, is_main=self.is_main, group=self._saving_group)
 
     def load(self, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, folder: Path) -> None:

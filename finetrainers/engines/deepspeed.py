@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ def _without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _weights_only() -> Any:
+def _weights_only() -> Iterator[None]:
     """In the block torch reads tensors and plain values alone, and of DeepSpeed's classes the few that its checkpoints
     hold; DeepSpeed itself would run whatever a file says."""
     from collections import OrderedDict

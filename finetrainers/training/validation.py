@@ -171,7 +171,6 @@ class Validation(Callback):
                 logger.info("step %d: validation loss %.5f", trainer.state.step, metrics["validation_loss"])
             if self.videos is not None:
                 videos = self.videos.render(trainer)
-        trainer.engine.wait()
         trainer.set_training(True)
         for callback in trainer.callbacks:
             callback.on_validation(trainer, metrics, videos)

@@ -7,19 +7,6 @@ from pathlib import Path
 import pytest
 
 from finetrainers.demo.clips import render_clips
-from tests.families.tiny import TINY
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny models by name, written when they are asked for."""
-
-    class Written(dict[str, Path]):
-        def __missing__(self, name: str) -> Path:
-            self[name] = TINY[name].write(tmp_path_factory.mktemp("models") / name)
-            return self[name]
-
-    return Written()
 
 
 @pytest.fixture(scope="session")

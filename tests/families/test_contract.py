@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,18 +31,6 @@ from tests.families.rows import Row
 from tests.families.tiny import OURS, TINY
 
 CASES = [(name, condition) for name, row in TINY.items() for condition in row.conditions]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each row's model, written when it is first asked for."""
-
-    class Written(dict[str, Path]):
-        def __missing__(self, name: str) -> Path:
-            self[name] = TINY[name].write(tmp_path_factory.mktemp("models") / name)
-            return self[name]
-
-    return Written()
 
 
 def build(family: Family) -> Any:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 
 from finetrainers.planning import count_flop
 from finetrainers.types import Bucket, Condition
+from tests.families.full_size import write_full_size
 from tests.families.tiny import TINY
 
 COGVIDEOX = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
@@ -39,13 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, int, str]] = {
 def open_full_size(name: str, folder: Path):
     """The tiny model's family with the published transformer's config in its folder."""
     row, changes, *_ = MODELS[name]
-    TINY[row].write(folder)
-    config = json.loads((folder / "transformer" / "config.json").read_text())
-    with torch.device("meta"):
-        getattr(diffusers, config["_class_name"])(**changes).save_config(folder / "transformer")
-    text_config = folder / "text_encoder" / "config.json"
-    # T5 and UMT5 say there how wide the text is that the transformer is given.
-    text_config.write_text(json.dumps({**json.loads(text_config.read_text()), "d_model": 4096}))
+    write_full_size(row, changes, folder)
     return TINY[row].open(folder)
 
 
