@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from json import dumps
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -18,6 +18,7 @@ from finetrainers.folder import RunFolder
 from finetrainers.methods.base import Method
 from finetrainers.planning import BucketPlan, Plan, count_parameters, plan_buckets, plan_run
 from finetrainers.scaling import ENGINES, TFLOPS, Cluster, Work, predict
+from finetrainers.training.models import save_memory
 from finetrainers.training.progress import phase_progress
 
 
@@ -31,9 +32,7 @@ def plan(config: RunConfig, *, json: bool, nodes: int | None, gpus_per_node: int
     with torch.device("meta"):
         models = method.build()
         method.attach(models, seed=0)
-    for name, model in models.items():
-        if config.training.gradient_checkpointing and name.startswith("transformer"):
-            cast(Any, model).enable_gradient_checkpointing()
+    save_memory(method, models, options=config.memory, checkpointing=config.training.gradient_checkpointing)
     condition = max(resolved_conditions(config), key=lambda entry: entry[1])[0]
     made = plan_run(
         family,

@@ -6,7 +6,7 @@ import logging
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -16,7 +16,6 @@ from finetrainers.config.schema import ParallelConfig, RunConfig
 from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata
 from finetrainers.encoding import Prompt
 from finetrainers.engines.build import build_engine, pick_strategy
-from finetrainers.engines.context import split_tokens
 from finetrainers.families.base import SamplingOptions
 from finetrainers.folder import RunFolder, write_atomically
 from finetrainers.hashing import digest, seed_for
@@ -27,6 +26,7 @@ from finetrainers.training.callback import Callback
 from finetrainers.training.checkpoint import Checkpointer
 from finetrainers.training.memory import MemoryPhases
 from finetrainers.training.metrics import MetricsFile
+from finetrainers.training.models import load_models
 from finetrainers.training.optimizer import build_optimizer, build_schedule, check_optimizer
 from finetrainers.training.progress import ProgressLine
 from finetrainers.training.random_state import seed_random_state
@@ -53,7 +53,8 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
         engine.wait()
         prepared = encode(config, engine)
         config = prepared.config
-        models, trained = load_trained(prepared)
+        seed_random_state(config.training.seed)
+        models, trained = load_models(prepared.method, engine, options=config.memory, **_model_settings(config))
         drawer = build_drawer(prepared, prepared.data.train)
         optimizer = build_optimizer(
             config.optimizer.name, list(trained.values()), **config.optimizer.model_dump(include=_OPTIMIZER_SETTINGS)
@@ -114,6 +115,10 @@ def plain_strategy(config: RunConfig) -> ParallelConfig:
     return config.parallel.model_copy(update={"strategy": strategy})
 
 
+def _model_settings(config: RunConfig) -> dict[str, Any]:
+    return {"seed": config.training.seed, "checkpointing": config.training.gradient_checkpointing}
+
+
 _OPTIMIZER_SETTINGS = {"lr", "betas", "eps", "weight_decay"}
 _TRAINING_SETTINGS = {"steps", "gradient_accumulation_steps", "max_grad_norm", "seed"}
 
@@ -136,29 +141,6 @@ def set_aside(run: RunFolder) -> None:
         for path in present:
             path.rename(target / path.name)
         logger.info("what the earlier run left was moved to %s", target)
-
-
-def load_trained(prepared: Prepared) -> tuple[dict[str, torch.nn.Module], dict[str, torch.nn.Parameter]]:
-    """The models on their device and the parameters of them that move."""
-    config, method, engine = prepared.config, prepared.method, prepared.engine
-    seed_random_state(config.training.seed)
-    models = method.load(engine.device) if engine.is_main else method.build()
-    method.attach(models, seed_for(config.training.seed, "adapters"))
-    transformers = [cast(Any, model) for name, model in models.items() if name.startswith("transformer")]
-    if config.training.gradient_checkpointing:
-        for transformer in transformers:
-            transformer.enable_gradient_checkpointing()
-    if engine.context_size > 1:
-        split_tokens(transformers, prepared.family.context_plan(), device=engine.device, size=engine.context_size)
-    blocks = {name: prepared.family.blocks(name, model) for name, model in models.items()}
-    engine.prepare(models, blocks, method.linear_dtype)
-    trained = method.trained(models)
-    _, num_trained = engine.held(trained.values())
-    num_held, num_all = engine.held(parameter for model in models.values() for parameter in model.parameters())
-    logger.info("%s trains %s of %s parameters", method.name, f"{num_trained:,}", f"{num_all:,}")
-    if engine.world_size > 1:
-        logger.info("each of %d processes holds about %s of them", engine.world_size, f"{num_held:,}")
-    return models, trained
 
 
 def build_drawer(prepared: Prepared, samples: list[Sample]) -> BatchDrawer:

@@ -231,8 +231,28 @@ class TrainingConfig(Section):
 class MemoryConfig(Section):
     """What stays on the device."""
 
+    budget: Annotated[str, Field(pattern=r"^(auto|\d+(\.\d+)?GB)$")] | None = Field(None, json_schema_extra=FREE)
+    """Memory that the run may take, such as `24GB`, or `auto` for what the device has: of the options below, of
+    `training.gradient_checkpointing` and of `optimizer` those that are left out are chosen so that it fits. Left out:
+    nothing is chosen."""
+    on_oom: Literal["stop", "adapt"] = Field("stop", json_schema_extra=FREE)
+    """When the device's memory is exhausted in a step: `stop` says what held it and what to change, `adapt` takes the
+    next measure that changes no number and repeats the step."""
     vae_tiling: bool = False
     """Encode and decode video in tiles: less memory, slightly different latents."""
+    text_encoder_weights: Literal["fp8", "int8", "nf4"] | None = None
+    """Low precision in which text encoders are held while captions are encoded. Left out: that of the run."""
+    stream_text_encoder: bool = Field(False, json_schema_extra=FREE)
+    """Keep text encoders in the host's memory while captions are encoded, and bring a layer to the device when it
+    runs."""
+    base_weights: Literal["fp8", "int8", "nf4"] | None = None
+    """Low precision in which the blocks' frozen weights are held; arithmetic stays as it is. Left out: as they are."""
+    keep_quantized: bool = Field(False, json_schema_extra=FREE)
+    """Keep the weights in low precision on disk beside the encoded dataset, to begin faster the next time."""
+    stream_blocks: Count | Literal["all"] = Field(0, json_schema_extra=FREE)
+    """Blocks of the transformer whose weights lie in the host's memory and are brought to the device when they run."""
+    offload_activations: bool = Field(False, json_schema_extra=FREE)
+    """Keep what the blocks save for the backward pass in the host's memory until then."""
 
 
 class ParallelConfig(Section):
