@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -232,6 +232,11 @@ class LTXVideo(Family):
         answer_BSC = answer_BSC[:, answer_BSC.shape[1] - frames * height * width :]
         return answer_BSC.float().transpose(1, 2).unflatten(2, (frames, height, width))
 
+    @cached_property
+    def _coordinates(self) -> Callable[..., Tensor]:
+        """Remembers its answers, because every step of a bucket asks for the same."""
+        return lru_cache(maxsize=64)(_causal_coordinates)
+
     def _told(self, fps: float) -> float:
         """Frame rate that the model is told: as its positions are seconds, interpolation in time is a faster clip."""
         rope = self.options.rope_temporal
@@ -245,10 +250,10 @@ class LTXVideo(Family):
         if not self.is_causal:
             scale = (_seconds(fps, device), SPACE, SPACE)
             return {"num_frames": frames, "height": height, "width": width, "rope_interpolation_scale": scale}
-        coordinates = _causal_coordinates(tuple(range(0, FRAMES * frames, FRAMES)), height, width, fps, device)
+        coordinates = self._coordinates(tuple(range(0, FRAMES * frames, FRAMES)), height, width, fps, device)
         if "last" in given:
             # A frame by itself, at the moment of the clip's last one.
-            last = _causal_coordinates((FRAMES * frames - 1,), height, width, fps, device)
+            last = self._coordinates((FRAMES * frames - 1,), height, width, fps, device)
             coordinates = torch.cat([last, coordinates], dim=2)
         return {"video_coords": coordinates}
 
@@ -328,12 +333,11 @@ def _seconds(fps: Sequence[float], device: torch.device) -> float | Tensor:
     return torch.tensor([FRAMES / rate for rate in fps], device=device).view(-1, 1, 1, 1, 1)
 
 
-@lru_cache(maxsize=64)
 def _causal_coordinates(
     ends: tuple[int, ...], height: int, width: int, fps: tuple[float, ...], device: torch.device
 ) -> Tensor:
-    """Start of each latent in seconds and pixels, [B, 3, S]; kept, because every step of a bucket asks for the same. A
-    latent that ends at pixel frame e begins 7 frames before it, the first one at 0."""
+    """Start of each latent in seconds and pixels, [B, 3, S]. A latent that ends at pixel frame e begins 7 frames before
+    it, the first one at 0."""
     axes = (
         (torch.tensor(ends, device=device) + 1 - FRAMES).clamp(min=0),
         torch.arange(height, device=device) * SPACE,

@@ -1,0 +1,64 @@
+"""The step of a run on simulated tensors: the models as they are made to train, and a batch of zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+
+import torch
+from torch import nn
+
+from finetrainers.families.base import Family
+from finetrainers.memory.simulation import SIMULATED, simulation
+from finetrainers.methods.base import Method
+from finetrainers.types import Batch, Bucket, Condition
+
+
+@contextmanager
+def simulated_models(method: Method) -> Iterator[tuple[Method, dict[str, nn.Module]]]:
+    """In the block, models without memory to which a method is attached, in the types in which they are loaded, and a
+    method like the given one for them. Measures that save memory are still to be put in."""
+    family = method.family
+    ours = copy(method)
+    # One of its own: what a family remembers of a step would be simulated too.
+    ours.family = type(family)(family.folder, family.options, vae_tiling=family.vae_tiling)
+    models = ours.build()
+    for name, model in models.items():
+        cast_as_loaded(model, ours.weights_dtype if name.startswith("transformer") else ours.dtype)
+    with torch.device("meta"):
+        ours.attach(models, seed=0)
+    with simulation():
+        for model in models.values():
+            model.to_empty(device=SIMULATED)
+            model.train()
+        yield ours, models
+
+
+def cast_as_loaded(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give parameters and saved buffers the type that diffusers loads them in: some layers stay fp32."""
+    keep = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    saved = model.state_dict(keep_vars=True)
+    for name, tensor in saved.items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if keep & set(name.split(".")) else dtype)
+
+
+def blank_batch(family: Family, bucket: Bucket, condition: Condition, *, batch_size: int = 1) -> Batch:
+    """Zeros in the shapes of a batch of one size, with these frames given."""
+    latents = torch.zeros(family.latent_channels, *family.latent_shape(bucket))
+    given = family.given(condition, latents, family.blank_condition(bucket, condition), None)
+    return Batch(
+        latents_BCFHW=_repeated({"": latents}, batch_size)[""],
+        noise_BCFHW=_repeated({"": latents}, batch_size)[""],
+        level_B=torch.full((batch_size,), 0.5),
+        text=_repeated(family.blank_text(), batch_size),
+        given=_repeated(given, batch_size),
+        fps=(family.default_fps,) * batch_size,
+        names=("",) * batch_size,
+        num_tokens=batch_size * family.num_tokens(bucket),
+    )
+
+
+def _repeated(tensors: Mapping[str, torch.Tensor], batch_size: int) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([tensor] * batch_size) for name, tensor in tensors.items()}
