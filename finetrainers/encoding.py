@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 2
 """Raised whenever the same clip and caption would be encoded to other numbers."""
-_TEXTS_AT_ONCE = 8
+TEXTS_AT_ONCE = 8
 
 
 class Progress(Protocol):
@@ -137,7 +137,7 @@ class Encoder:
             return
         tokenizers = self.family.load_tokenizers()
         report_captions(self.family, tokenizers, [wanted[key].text for key in missing])
-        batches = [missing[start : start + _TEXTS_AT_ONCE] for start in range(0, len(missing), _TEXTS_AT_ONCE)]
+        batches = [missing[start : start + TEXTS_AT_ONCE] for start in range(0, len(missing), TEXTS_AT_ONCE)]
         encoders = self._load_text_encoders(num_loaders=len(batches))
         with self.progress("encoding texts", len(missing)) as progress:
             numbers, done = self.engine.claim(len(batches)), 0
@@ -146,7 +146,7 @@ class Encoder:
                 embedded = self._embed(tokenizers, encoders, [wanted[key] for key in keys])
                 for key, tensors in zip(keys, embedded, strict=True):
                     self.cache.write("texts", key, tensors)
-                reached = number * _TEXTS_AT_ONCE + len(keys)
+                reached = number * TEXTS_AT_ONCE + len(keys)
                 progress.advance(reached - done)
                 done = reached
             self.engine.wait()

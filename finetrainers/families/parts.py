@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,17 @@ def build_network(class_name: str, folder: Path, part: str) -> torch.nn.Module:
     return network
 
 
-def load_network(class_name: str, folder: Path, part: str, dtype: torch.dtype) -> Any:
-    """A diffusers network with its weights, on the CPU."""
+def load_network(
+    class_name: str, folder: Path, part: str, dtype: torch.dtype, *, device: torch.device = torch.device("cpu")
+) -> Any:
+    """A diffusers network with its weights, on the CPU; for the meta device without them, in the types in which they
+    are loaded."""
     import diffusers
 
+    if device.type == "meta":
+        with device:
+            network = build_network(class_name, folder, part)
+        return cast_as_loaded(network, dtype, kept=getattr(network, "_keep_in_fp32_modules", None) or ())
     return getattr(diffusers, class_name).from_pretrained(folder, subfolder=part, dtype=dtype, use_safetensors=True)
 
 
@@ -39,20 +46,34 @@ def build_encoder(folder: Path, part: str) -> torch.nn.Module:
     return network
 
 
+def cast_as_loaded(network: Any, dtype: torch.dtype, *, kept: Iterable[str]) -> Any:
+    """A network on the meta device with its parameters and saved buffers in the types in which they are loaded: what
+    lies under the names of `kept` is fp32."""
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if set(kept) & set(name.split(".")) else dtype)
+    return network
+
+
 def load_vae(class_name: str, folder: Path, device: torch.device, dtype: torch.dtype, *, tiling: bool) -> Any:
-    """A frozen VAE on its device."""
-    vae = load_network(class_name, folder, "vae", dtype).requires_grad_(False).eval().to(device)
+    """A frozen VAE on its device; on the meta device, no weights are read."""
+    vae = load_network(class_name, folder, "vae", dtype, device=device).requires_grad_(False).eval().to(device)
     if tiling:
         vae.enable_tiling()
     return vae
 
 
 def load_encoder(class_name: str, folder: Path, part: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A frozen transformers network on its device; `eval` because T5 would otherwise drop out."""
+    """A frozen transformers network on its device; `eval` because T5 would otherwise drop out. On the meta device, no
+    weights are read."""
     import transformers
 
     kind = getattr(transformers, class_name)
-    encoder = kind.from_pretrained(folder, subfolder=part, dtype=dtype, use_safetensors=True)
+    if device.type == "meta":
+        with device:
+            encoder = cast_as_loaded(kind(transformers.AutoConfig.from_pretrained(folder / part)), dtype, kept=())
+    else:
+        encoder = kind.from_pretrained(folder, subfolder=part, dtype=dtype, use_safetensors=True)
     return encoder.requires_grad_(False).eval().to(device)
 
 

@@ -1,0 +1,228 @@
+"""What a run will hold in memory, phase by phase, worked out without its weights: the run's own programs on tensors that
+have shapes and types but no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetrainers.encoding import TEXTS_AT_ONCE
+from finetrainers.families.base import Family
+from finetrainers.memory.layout import footprint, spread
+from finetrainers.memory.simulation import SIMULATED, LiveBytes, Peak, peak_bytes, simulation
+from finetrainers.methods.base import Method
+from finetrainers.optimizers.size import state_bytes
+from finetrainers.training.models import save_memory
+from finetrainers.training.simulated import blank_batch, simulated_models
+from finetrainers.types import Batch, Bucket, Condition
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes on the device in one phase of a run, at its height."""
+
+    name: str
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int | None
+    """All else that lives at that time; None where the phase cannot be run without data."""
+    peak: int
+    """The most at one time: not all gradients are there when activations are at their height."""
+    host: int = 0
+    """Bytes that wait in the host's memory."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does that decides its memory."""
+
+    method: Method
+    bucket: Bucket
+    """The largest."""
+    condition: Condition
+    batch_size: int
+    sampled: Bucket | None
+    """Size of the sample videos; None makes none."""
+    validates: bool
+    """Whether a loss on held-out clips is measured."""
+
+
+def encoding_phases(work: Work) -> list[Phase]:
+    """Captions and clips, each with its encoder alone on the device."""
+    family, dtype = work.method.family, work.method.dtype
+    phases = []
+    if not work.method.trains_text_encoder:
+        phases.append(_text_phase(family, dtype))
+    with _simulated_encoders(family.load_video_encoders, dtype) as encoders:
+        size = (work.bucket.num_frames, 3, work.bucket.height, work.bucket.width)
+        peak = _peak_without_gradient(lambda: family.encode_video(encoders, torch.zeros(size, dtype=torch.uint8)))
+        phases.append(_phase("encode video", _bytes_of(_networks(encoders)), peak))
+    return phases
+
+
+def _text_phase(family: Family, dtype: torch.dtype) -> Phase:
+    tokenizers = family.load_tokenizers()
+    with _simulated_encoders(family.load_text_encoders, dtype) as encoders:
+        weights = _bytes_of(_networks(encoders))
+        if family.text_sees_image:
+            # Where it puts the image depends on the tokens.
+            return Phase("encode text", weights, 0, 0, None, weights)
+        tokens = family.tokenize(tokenizers, [""] * TEXTS_AT_ONCE)
+        return _phase("encode text", weights, _peak_without_gradient(lambda: family.embed(encoders, tokens)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step and a validation hold, with the measures that change what they compute; what only moves weights and
+    states elsewhere is reckoned from it."""
+
+    models: Mapping[str, nn.Module]
+    """Simulated."""
+    method: Method
+    height: Peak
+    validation: int | None
+    """The most beyond what training holds; None where nothing is validated."""
+
+
+def simulate_step(work: Work, *, checkpointing: str, memory: Any, release: bool) -> Step:
+    """Run a step and a validation on simulated tensors; `memory` is that section of the config, and with `release` each
+    gradient is let go as soon as it is there."""
+    decoder = None if work.sampled is None else _decoder(work.method.family, work.sampled, work.method.dtype)
+    with simulated_models(work.method) as (method, models):
+        save_memory(method, models, options=memory, checkpointing=checkpointing)
+        batch = blank_batch(method.family, work.bucket, work.condition, batch_size=work.batch_size)
+        height = _height_of_step(method, models, batch, release=release)
+        return Step(models, method, height, _height_of_validation(method, models, work, decoder))
+
+
+def training_phases(step: Step, *, memory: Any, optimizer: Any, shards: int = 1) -> list[Phase]:
+    """A step, a validation where there is one, and a checkpoint; `memory` and `optimizer` are those sections of the
+    config. Each of `shards` processes holds its part of weights, gradients and optimizer state."""
+    held, trained = _held(step, memory), list(step.method.trained(step.models).values())
+    gradients = sum(parameter.nbytes for parameter in trained) // shards
+    state = state_bytes(
+        optimizer.name,
+        [tuple(parameter.shape) for parameter in trained],
+        offload=optimizer.offload,
+        bf16_weights=any(parameter.dtype == torch.bfloat16 for parameter in trained),
+    )
+    weights, kept = held.device // shards, state.device // shards
+    height = max(step.height.peak, gradients) + state.update
+    # Before the backward pass has made gradients, or after: whichever is more.
+    activations = max(height - gradients, step.height.after_forward)
+    host = held.host + state.host
+    phases = [Phase("train", weights, gradients, kept, activations, weights + kept + height, host)]
+    if step.validation is not None:
+        phases.append(_phase("validate", weights, step.validation, optimizer=kept, host=host))
+    return [*phases, _phase("save", weights, 0, optimizer=kept, host=host)]
+
+
+@dataclass(frozen=True)
+class _Held:
+    device: int
+    host: int
+
+
+def _held(step: Step, memory: Any) -> _Held:
+    """Where the weights lie."""
+    if not memory.stream_blocks:
+        return _Held(_bytes_of(step.models.values()), 0)
+    trained_too = not step.method.saves_trained_only
+    device = host = 0
+    for name, model in step.models.items():
+        every = step.method.family.blocks(name, model) if name.startswith("transformer") else []
+        count = len(every) if memory.stream_blocks == "all" else memory.stream_blocks
+        size = footprint(model, spread(every, count) if every else [], trained_too=trained_too)
+        device, host = device + size.resident + size.ring, host + size.host
+    return _Held(device, host)
+
+
+def _phase(name: str, weights: int, height: int, *, optimizer: int = 0, host: int = 0) -> Phase:
+    return Phase(name, weights, 0, optimizer, height, weights + optimizer + height, host)
+
+
+def _height_of_step(method: Method, models: Mapping[str, nn.Module], batch: Batch, *, release: bool) -> Peak:
+    """A forward and a backward pass; with `release` each gradient is let go as soon as it is there."""
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(_drop)
+        for parameter in method.trained(models).values()
+        if release
+    ]
+    peak = peak_bytes(lambda: method.loss(models, batch))
+    for hook in hooks:
+        hook.remove()
+    return peak
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """What makes sample videos of latents, in bytes."""
+
+    weights: int
+    activations: int
+
+
+def _decoder(family: Family, bucket: Bucket, dtype: torch.dtype) -> _Decoder:
+    with _simulated_encoders(family.load_video_encoders, dtype) as encoders:
+        vae = encoders["vae"]
+        latents = torch.zeros(1, family.latent_channels, *family.latent_shape(bucket), dtype=vae.dtype)
+        # Later LTX-Video VAEs are told how much noise is left.
+        timestep = (torch.zeros(1),) if getattr(vae.config, "timestep_conditioning", False) else ()
+        return _Decoder(_bytes_of(_networks(encoders)), _peak_without_gradient(lambda: vae.decode(latents, *timestep)))
+
+
+def _height_of_validation(
+    method: Method, models: Mapping[str, nn.Module], work: Work, decoder: _Decoder | None
+) -> int | None:
+    """The most beyond what training holds: a pass for the held-out loss, or sampling, whose transformer and decoder work
+    one after the other; None where there is neither."""
+    heights = []
+    for model in models.values():
+        model.eval()
+    if work.validates:
+        batch = blank_batch(method.family, work.bucket, work.condition)
+        heights.append(_peak_without_gradient(lambda: method.loss(models, batch)))
+    if decoder is not None and work.sampled is not None:
+        # With and without the prompt, for guidance.
+        both = blank_batch(method.family, work.sampled, work.condition, batch_size=2)
+        passing = _peak_without_gradient(lambda: method.loss(models, both))
+        heights.append(decoder.weights + max(passing, decoder.activations))
+    return max(heights, default=None)
+
+
+@contextmanager
+def _simulated_encoders(load: Callable[..., dict[str, Any]], dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """What a family loads to encode, without memory."""
+    encoders = load(torch.device("meta"), dtype)
+    with simulation():
+        for network in _networks(encoders):
+            network.to_empty(device=SIMULATED)
+        yield encoders
+
+
+def _networks(encoders: Mapping[str, Any]) -> list[nn.Module]:
+    return [part for part in encoders.values() if isinstance(part, nn.Module)]
+
+
+@torch.no_grad()
+def _peak_without_gradient(run: Callable[[], Any]) -> int:
+    live = LiveBytes()
+    with live.counted():
+        run()
+    return live.peak
+
+
+def _bytes_of(models: Iterable[nn.Module]) -> int:
+    """Parameters and buffers, each once."""
+    tensors = {id(tensor): tensor for model in models for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
