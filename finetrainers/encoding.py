@@ -22,6 +22,8 @@ from finetrainers.engines.base import Engine
 from finetrainers.errors import UnusableClip
 from finetrainers.families.base import Family
 from finetrainers.hashing import digest, generator_for
+from finetrainers.memory.quantized import VERSION as QUANTIZED_VERSION
+from finetrainers.memory.quantized import quantizable, quantize_layers
 from finetrainers.types import Clip, Condition, Problem, Sample
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,8 @@ class Encoder:
     """What is given of the clips."""
     tokens_only: bool = False
     """Captions become tokens only, for a text encoder that is being trained."""
+    weights_format: str | None = None
+    """Low precision in which the text encoder is held; None is that of `dtype`."""
     _fingerprints: dict[str, str] = field(default_factory=dict)
 
     def samples(self, items: Sequence[Item], *, trigger: str) -> list[Sample]:
@@ -71,10 +75,12 @@ class Encoder:
         return [self._sample(item, trigger) for item in items]
 
     def text_key(self, prompt: Prompt) -> str:
-        """Cache key of a text: the text, the frame that belongs to it, the encoder's files, its type, and nothing
-        else."""
+        """Cache key of a text: the text, the frame that belongs to it, the encoder's files, how its weights are held,
+        and nothing else."""
         shown = _clip_facts(prompt.item) if self.family.text_sees_image and prompt.item else None
         made_by = [self._fingerprint("text_encoder"), str(self.dtype), self.tokens_only]
+        if self.weights_format is not None:
+            made_by += [self.weights_format, QUANTIZED_VERSION]
         return digest(["text", VERSION, self.family.name, made_by, prompt.text, shown])
 
     def encode_clips(self, items: Sequence[Item], samples: Sequence[Sample]) -> dict[str, str]:
@@ -160,9 +166,20 @@ class Encoder:
         encoders: dict[str, Any] = {}
         for turn in range(min(num_loaders, self.engine.world_size)):
             if turn == self.engine.rank and not self.tokens_only:
-                encoders = self.family.load_text_encoders(self.engine.device, self.dtype)
+                encoders = self._load_text_encoders_here()
             self.engine.wait()
         return encoders
+
+    def _load_text_encoders_here(self) -> dict[str, Any]:
+        """On the device, in low precision layer by layer, so that they are never there whole in another one."""
+        if self.weights_format is None:
+            return self.family.load_text_encoders(self.engine.device, self.dtype)
+        encoders = self.family.load_text_encoders(torch.device("cpu"), self.dtype)
+        # A second text encoder, which only gives a summary of the prompt, is small.
+        encoder = encoders["text_encoder"]
+        layers = quantizable(encoder, self.family.blocks("text_encoder", encoder), self.family.precise_layers)
+        quantize_layers(encoder, layers, self.weights_format, device=self.engine.device)
+        return {name: network.to(self.engine.device) for name, network in encoders.items()}
 
     @torch.no_grad()
     def _embed(

@@ -32,13 +32,20 @@ def plan(config: RunConfig, *, json: bool, nodes: int | None, gpus_per_node: int
     with torch.device("meta"):
         models = method.build()
         method.attach(models, seed=0)
-    save_memory(method, models, options=config.memory, checkpointing=config.training.gradient_checkpointing)
+    parameters = count_parameters(models)
+    save_memory(
+        method,
+        models,
+        options=config.memory,
+        checkpointing=config.training.gradient_checkpointing,
+        device=torch.device("meta"),
+    )
     condition = max(resolved_conditions(config), key=lambda entry: entry[1])[0]
     made = plan_run(
         family,
         dataset,
         plan_buckets(family, models, dataset.train, condition),
-        count_parameters(models),
+        parameters,
         method=config.method.name,
         options=config.training,
     )

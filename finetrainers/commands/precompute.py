@@ -22,6 +22,7 @@ from finetrainers.errors import UserError
 from finetrainers.families.base import IMAGE_TO_VIDEO, Family
 from finetrainers.families.find import all_families, find_family
 from finetrainers.folder import RunFolder, write_atomically
+from finetrainers.memory.quantized import check_format
 from finetrainers.memory.report import MemoryReport
 from finetrainers.methods.base import Method
 from finetrainers.methods.find import find_method
@@ -86,6 +87,7 @@ def encode(config: RunConfig, engine: Engine) -> Prepared:
         phase_progress,
         conditions=[condition for condition, _ in resolved_conditions(config)],
         tokens_only=method.trains_text_encoder,
+        weights_format=config.memory.text_encoder_weights,
     )
     scenes = choose_scenes(config, family, dataset, index)
     negatives = [Prompt(config.validation.negative_prompt, scene.item) for scene in scenes]
@@ -109,6 +111,7 @@ def complete(config: RunConfig, *, weights: bool = True) -> tuple[Family, RunCon
     config = fill_defaults(config, family.defaults(config.method.name))
     check_sizes(family, config)
     check_context(family, config)
+    check_weights(config)
     return family, config
 
 
@@ -147,6 +150,25 @@ def check_context(family: Family, config: RunConfig) -> None:
     if undivided := next((what for what, count in counts.items() if count % size), None):
         fitting = [str(n) for n in range(1, heads + 1) if not any(count % n for count in counts.values())]
         raise UserError(f"{key} {size} does not divide the {undivided}; with these sizes take {' or '.join(fitting)}")
+
+
+def check_weights(config: RunConfig) -> None:
+    """Refuse low precision for weights that move or are shared out, and a format that is not installed."""
+    memory, strategy = config.memory, config.parallel.strategy
+    base, text = (f"memory.{name}_weights {getattr(memory, f'{name}_weights')}" for name in ("base", "text_encoder"))
+    if memory.base_weights and config.method.name == "full":
+        raise UserError(f"{base} is for weights that stay as they are: take method.name lora, or leave it out")
+    if memory.base_weights and strategy in ("fsdp", "deepspeed"):
+        raise UserError(
+            f"{base} leaves each process the whole model, and {strategy} shares it out: take parallel.strategy ddp, or "
+            "leave it out"
+        )
+    if memory.text_encoder_weights and getattr(config.method, "text_encoder", "frozen") == "lora":
+        raise UserError(
+            f"{text} is for encoding captions once, and method.text_encoder lora embeds them in every step: leave one out"
+        )
+    check_format("memory.base_weights", memory.base_weights)
+    check_format("memory.text_encoder_weights", memory.text_encoder_weights)
 
 
 def _sizes(config: RunConfig) -> list[tuple[str, Bucket, list[Condition]]]:

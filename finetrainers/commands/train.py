@@ -54,7 +54,13 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
         prepared = encode(config, engine)
         config = prepared.config
         seed_random_state(config.training.seed)
-        models, trained = load_models(prepared.method, engine, options=config.memory, **_model_settings(config))
+        models, trained = load_models(
+            prepared.method,
+            engine,
+            options=config.memory,
+            kept_in=prepared.cache.root / "weights",
+            **_model_settings(config),
+        )
         drawer = build_drawer(prepared, prepared.data.train)
         optimizer = build_optimizer(
             config.optimizer.name, list(trained.values()), **config.optimizer.model_dump(include=_OPTIMIZER_SETTINGS)
@@ -104,7 +110,7 @@ def plain_strategy(config: RunConfig) -> ParallelConfig:
         method.attach(models, seed=0)
     needed = states_gib(models, weights_dtype=method.weights_dtype, optimizer=config.optimizer.name)
     strategy = pick_strategy(needed, device_gib())
-    if "transformer_2" in models or config.optimizer.name == "adamw_8bit":
+    if "transformer_2" in models or config.optimizer.name == "adamw_8bit" or config.memory.base_weights:
         strategy = "ddp"  # The only one that has them.
     logger.info(
         "parallel.strategy auto is %s: weights, gradients and optimizer state are %.3g GiB, the device has %.3g GiB",

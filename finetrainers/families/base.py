@@ -54,6 +54,9 @@ class Family(ABC):
     """Numbers of video tokens at which a law that looks at them is worth seeing."""
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     """The transformer's lists of layers that repeat, in the order in which they run."""
+    precise_layers: ClassVar[str] = "norm|embed|modulation|vision"
+    """Regular expression that is found in the paths of those linear layers of the blocks, of transformer and text
+    encoder, that are never held in low precision: modulation, which is small and sensitive, and what sees images."""
     takes: ClassVar[frozenset[str]] = frozenset()
     """Options of the `model` section that only some families have, such as `rope_temporal`."""
     runs_on_meta: ClassVar[bool] = True
