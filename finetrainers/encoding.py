@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -18,10 +18,11 @@ from finetrainers.data.cache import Cache, Kind
 from finetrainers.data.clip import read_clip
 from finetrainers.data.dataset import Dataset
 from finetrainers.data.scan import Item
-from finetrainers.engines.base import Engine
+from finetrainers.engines.base import Engine, replace_tensors
 from finetrainers.errors import UnusableClip
 from finetrainers.families.base import Family
 from finetrainers.hashing import digest, generator_for
+from finetrainers.memory.streaming import BlockStream
 from finetrainers.types import Clip, Condition, Problem, Sample
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class Encoder:
     """What is given of the clips."""
     tokens_only: bool = False
     """Captions become tokens only, for a text encoder that is being trained."""
+    stream_text_encoder: bool = False
+    """Layers of text encoders lie on the host, and come to the device when they run."""
     _fingerprints: dict[str, str] = field(default_factory=dict)
 
     def samples(self, items: Sequence[Item], *, trigger: str) -> list[Sample]:
@@ -160,9 +163,24 @@ class Encoder:
         encoders: dict[str, Any] = {}
         for turn in range(min(num_loaders, self.engine.world_size)):
             if turn == self.engine.rank and not self.tokens_only:
-                encoders = self.family.load_text_encoders(self.engine.device, self.dtype)
+                device = torch.device("cpu") if self.stream_text_encoder else self.engine.device
+                encoders = self.family.load_text_encoders(device, self.dtype)
+                if self.stream_text_encoder:
+                    self._stream(encoders)
             self.engine.wait()
         return encoders
+
+    def _stream(self, encoders: Mapping[str, Any]) -> None:
+        """Leave the layers of encoders on the host, and bring the rest to the device."""
+        for name, encoder in encoders.items():
+            blocks = self.family.blocks(name, encoder)
+            kinds = Counter(type(block) for block in blocks)
+            # Of those that do not repeat, embeddings are asked where the encoder is.
+            stream = BlockStream([each for each in blocks if kinds[type(each)] > 1], device=self.engine.device)
+            for block in stream.blocks:
+                stream.park(block)
+            replace_tensors(encoder, lambda tensor: tensor.to(self.engine.device))
+            stream.start()
 
     @torch.no_grad()
     def _embed(
