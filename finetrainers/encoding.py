@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from finetrainers.errors import UnusableClip
 from finetrainers.families.base import Family
 from finetrainers.hashing import digest, generator_for
 from finetrainers.memory.quantized import VERSION as QUANTIZED_VERSION
-from finetrainers.memory.quantized import quantizable, quantize_layers
+from finetrainers.text_encoders import load_text_encoders
 from finetrainers.types import Clip, Condition, Problem, Sample
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ class Encoder:
     """Captions become tokens only, for a text encoder that is being trained."""
     weights_format: str | None = None
     """Low precision in which the text encoder is held; None is that of `dtype`."""
+    stream_text_encoder: bool = False
+    """Layers of text encoders lie on the host, and come to the device when they run."""
     _fingerprints: dict[str, str] = field(default_factory=dict)
 
     def samples(self, items: Sequence[Item], *, trigger: str) -> list[Sample]:
@@ -166,20 +168,15 @@ class Encoder:
         encoders: dict[str, Any] = {}
         for turn in range(min(num_loaders, self.engine.world_size)):
             if turn == self.engine.rank and not self.tokens_only:
-                encoders = self._load_text_encoders_here()
+                encoders = load_text_encoders(
+                    self.family,
+                    self.engine.device,
+                    self.dtype,
+                    weights_format=self.weights_format,
+                    is_streamed=self.stream_text_encoder,
+                )
             self.engine.wait()
         return encoders
-
-    def _load_text_encoders_here(self) -> dict[str, Any]:
-        """On the device, in low precision layer by layer, so that they are never there whole in another one."""
-        if self.weights_format is None:
-            return self.family.load_text_encoders(self.engine.device, self.dtype)
-        encoders = self.family.load_text_encoders(torch.device("cpu"), self.dtype)
-        # A second text encoder, which only gives a summary of the prompt, is small.
-        encoder = encoders["text_encoder"]
-        layers = quantizable(encoder, self.family.blocks("text_encoder", encoder), self.family.precise_layers)
-        quantize_layers(encoder, layers, self.weights_format, device=self.engine.device)
-        return {name: network.to(self.engine.device) for name, network in encoders.items()}
 
     @torch.no_grad()
     def _embed(

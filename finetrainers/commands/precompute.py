@@ -88,6 +88,7 @@ def encode(config: RunConfig, engine: Engine) -> Prepared:
         conditions=[condition for condition, _ in resolved_conditions(config)],
         tokens_only=method.trains_text_encoder,
         weights_format=config.memory.text_encoder_weights,
+        stream_text_encoder=config.memory.stream_text_encoder,
     )
     scenes = choose_scenes(config, family, dataset, index)
     negatives = [Prompt(config.validation.negative_prompt, scene.item) for scene in scenes]

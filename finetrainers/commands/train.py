@@ -15,6 +15,7 @@ from finetrainers.config.load import dump_config, identity, resolved_buckets, re
 from finetrainers.config.schema import ParallelConfig, RunConfig
 from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata
 from finetrainers.encoding import Prompt
+from finetrainers.engines.base import Engine
 from finetrainers.engines.build import build_engine, pick_strategy
 from finetrainers.families.base import SamplingOptions
 from finetrainers.folder import RunFolder, write_atomically
@@ -32,6 +33,7 @@ from finetrainers.training.progress import ProgressLine
 from finetrainers.training.random_state import seed_random_state
 from finetrainers.training.saving import WeightsSaver
 from finetrainers.training.signals import StopSignals
+from finetrainers.training.streaming import check_streaming
 from finetrainers.training.tracking import Trackers, build_trackers, check_trackers
 from finetrainers.training.trainer import Trainer
 from finetrainers.training.validation import HeldOutLoss, SampleVideos, Scene, Validation
@@ -48,6 +50,7 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
         run = RunFolder(config.output)
         engine = build_engine(plain_strategy(config))
         check_optimizer(config.optimizer.name, shared=engine.shares)
+        check_memory(config, engine)
         if resume == "never" and engine.is_main:
             set_aside(run)
         engine.wait()
@@ -119,6 +122,14 @@ def plain_strategy(config: RunConfig) -> ParallelConfig:
         device_gib(),
     )
     return config.parallel.model_copy(update={"strategy": strategy})
+
+
+def check_memory(config: RunConfig, engine: Engine) -> None:
+    """Refuse, before anything slow, measures that save memory and cannot work in this run."""
+    if config.memory.stream_blocks or config.memory.stream_text_encoder:
+        family, whole = complete(config, weights=False)
+        checkpointing = config.training.gradient_checkpointing
+        check_streaming(build_method(family, whole), engine, config.memory, checkpointing=checkpointing)
 
 
 def _model_settings(config: RunConfig) -> dict[str, Any]:

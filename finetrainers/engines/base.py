@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetrainers.engines import state
+from finetrainers.memory.streaming import BlockStream, is_parked
 from finetrainers.types import Batch
 
 Loss = Callable[[Batch], Tensor]
@@ -65,6 +66,12 @@ class Engine(ABC):
 
     # A step.
 
+    def park(self, stream: BlockStream) -> None:
+        """Take the weights of blocks that are streamed to the host, one block after the other. `prepare` comes after
+        it, and leaves them there."""
+        for block in stream.blocks:
+            stream.park(block)
+
     def prepare(
         self, models: Mapping[str, nn.Module], blocks: Mapping[str, Sequence[nn.Module]], dtype: torch.dtype | None
     ) -> None:
@@ -103,17 +110,31 @@ class Engine(ABC):
 
     def step(self) -> Tensor:
         """Scale the gradients down to the largest norm that is allowed, apply them and drop them. Returns their global
-        norm before, fp32, on their device."""
+        norm before, fp32, on this process's device."""
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         # As torch.nn.utils.clip_grad_norm_ does it, less its sorting by device and type, which takes as long again.
         gradients = [self._local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        norm = self._global_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        groups = self._by_device(gradients)
+        norms = [torch.stack(torch._foreach_norm(group)).to(self.device) for group in groups]
+        norm = self._global_norm(torch.linalg.vector_norm(torch.cat(norms)))
         if self._max_grad_norm > 0:
-            torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
+            scale = (self._max_grad_norm / (norm + 1e-6)).clamp_(max=1.0)
+            for group in groups:
+                torch._foreach_mul_(group, scale.to(group[0].device))
         self._optimizer.step()
         for parameter in parameters:
             parameter.grad = None
         return norm
+
+    def _by_device(self, gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Gradients on the device and on the host apart; those on the host have arrived."""
+        groups: dict[torch.device, list[Tensor]] = {}
+        for gradient in gradients:
+            groups.setdefault(gradient.device, []).append(gradient)
+        if self.device.type == "cuda" and torch.device("cpu") in groups:
+            # They came on streams of their own, and the host is about to read them.
+            torch.cuda.synchronize(self.device)
+        return list(groups.values())
 
     def _local(self, gradient: Tensor) -> Tensor:
         """What this process holds of a gradient."""
@@ -196,7 +217,8 @@ class Engine(ABC):
 
 def replace_tensors(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> None:
     """Put another tensor in the place of each parameter and buffer of a module and of those under it, one by one in
-    the order of `whole_tensors`. One that stands in several places is replaced once; what is sharded stays."""
+    the order of `whole_tensors`. One that stands in several places is replaced once; what is sharded, and what lies on
+    the host to be streamed, stays."""
     held: dict[int, tuple[Tensor, Tensor]] = {}
     for tensors, name, old in _places(module):
         if id(old) not in held:
@@ -207,7 +229,7 @@ def replace_tensors(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> N
 
 
 def whole_tensors(module: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of a module and of those under it that are not sharded, each once."""
+    """The parameters and buffers of a module and of those under it that are neither sharded nor streamed, each once."""
     return list({id(tensor): tensor for _, _, tensor in _places(module)}.values())
 
 
@@ -215,7 +237,7 @@ def _places(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None and not is_sharded(tensor):
+                if tensor is not None and not is_sharded(tensor) and not is_parked(tensor):
                     yield tensors, name, tensor
 
 

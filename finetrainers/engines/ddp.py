@@ -25,11 +25,13 @@ class DDPEngine(Processes):
         loss = super().spread(loss, models, optimizer, max_grad_norm)
         # Of two experts a batch asks one, and the other has no gradient from it.
         asks_some = sum(name.startswith("transformer") for name in models) > 1
+        # What does not move is no affair of DDP's, which would want it on the device: blocks that are streamed are not.
+        moving = [each for model in models.values() for each in model.parameters() if each.requires_grad]
         with warnings.catch_warnings():
             # The newer name of `broadcast_buffers` is not known to all versions of torch that we take.
             warnings.simplefilter("ignore", FutureWarning)
             self._step = DistributedDataParallel(
-                LossModule(loss, models),
+                LossModule(loss, nn.ParameterList(moving)),
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
                 find_unused_parameters=asks_some,
                 # The weights are those of the main process already.
@@ -43,11 +45,12 @@ class DDPEngine(Processes):
 
 
 class LossModule(nn.Module):
-    """The loss as a module, because what spreads gradients wraps modules: all models, one forward."""
+    """The loss as a module, because what spreads gradients wraps modules: all models, or what moves of them, and one
+    forward."""
 
-    def __init__(self, loss: Loss, models: Mapping[str, nn.Module]) -> None:
+    def __init__(self, loss: Loss, models: nn.Module) -> None:
         super().__init__()
-        self.models = nn.ModuleDict(models)
+        self.models = models
         self.loss = loss
 
     def forward(self, batch: Batch) -> Tensor:

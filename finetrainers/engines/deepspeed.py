@@ -82,7 +82,9 @@ class DeepSpeedEngine(Processes):
         import deepspeed
 
         settings = {**self._settings, "gradient_clipping": max_grad_norm}
-        self._zero, *_ = deepspeed.initialize(model=LossModule(loss, models), optimizer=optimizer, config=settings)
+        self._zero, *_ = deepspeed.initialize(
+            model=LossModule(loss, nn.ModuleDict(models)), optimizer=optimizer, config=settings
+        )
         partitions = [group["params"] for group in self._zero.optimizer.optimizer.param_groups]
         if self.stage == 3:
             partitions = [self._zero.optimizer.fp32_partitioned_groups_flat]

@@ -15,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from finetrainers.engines.base import Engine, replace_tensors, whole_tensors
 from finetrainers.errors import UserError
+from finetrainers.memory.streaming import BlockStream
 
 _PATIENCE = timedelta(hours=2)
 """How long a process waits for the others, who may be encoding a long clip or writing a large model."""
@@ -48,6 +49,12 @@ class Processes(Engine):
         # A checkpoint is written while training goes on: its talk must not mix with the steps'.
         self._saving_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._rounds = 0
+
+    def park(self, stream: BlockStream) -> None:
+        # One block of them is whole on the device at a time.
+        for block in stream.blocks:
+            self.receive(block)
+            stream.park(block)
 
     def prepare(
         self, models: Mapping[str, nn.Module], blocks: Mapping[str, Sequence[nn.Module]], dtype: torch.dtype | None

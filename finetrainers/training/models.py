@@ -14,6 +14,7 @@ from finetrainers.engines.context import split_tokens
 from finetrainers.hashing import digest, seed_for
 from finetrainers.memory import quantized
 from finetrainers.methods.base import Method
+from finetrainers.training.streaming import build_streams
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,12 @@ def load_models(
     if engine.context_size > 1:
         split_tokens(transformers, method.family.context_plan(), device=engine.device, size=engine.context_size)
     blocks = {name: method.family.blocks(name, model) for name, model in models.items()}
+    streams = build_streams(method, models, blocks, options=options, device=engine.device)
+    for stream in streams:
+        engine.park(stream)
     engine.prepare(models, blocks, method.linear_dtype)
+    for stream in streams:
+        stream.start()
     trained = method.trained(models)
     _, num_trained = engine.held(trained.values())
     num_held, _ = engine.held(parameter for model in models.values() for parameter in model.parameters())

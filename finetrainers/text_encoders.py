@@ -1,0 +1,46 @@
+"""Loads text encoders to embed captions with, in as little memory as is asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from finetrainers.engines.base import replace_tensors
+from finetrainers.families.base import Family
+from finetrainers.memory.quantized import quantizable, quantize_layers
+from finetrainers.memory.streaming import BlockStream
+
+
+def load_text_encoders(
+    family: Family, device: torch.device, dtype: torch.dtype, *, weights_format: str | None, is_streamed: bool
+) -> dict[str, Any]:
+    """A family's text encoders by name, ready to embed on the device: in low precision layer by layer, so that they are
+    never there whole in another one, and with layers that stay on the host where they are streamed."""
+    if weights_format is None and not is_streamed:
+        return family.load_text_encoders(device, dtype)
+    encoders = family.load_text_encoders(torch.device("cpu"), dtype)
+    if weights_format is not None:
+        # A second text encoder, which only gives a summary of the prompt, is small.
+        encoder = encoders["text_encoder"]
+        layers = quantizable(encoder, family.blocks("text_encoder", encoder), family.precise_layers)
+        quantize_layers(encoder, layers, weights_format, device=device)
+    for name, encoder in encoders.items():
+        if is_streamed:
+            _stream(family, name, encoder, device)
+        else:
+            encoder.to(device)
+    return encoders
+
+
+def _stream(family: Family, name: str, encoder: Any, device: torch.device) -> None:
+    """Leave the layers of an encoder on the host, and bring the rest to the device."""
+    blocks = family.blocks(name, encoder)
+    kinds = Counter(type(block) for block in blocks)
+    # Of those that do not repeat, embeddings are asked where the encoder is.
+    stream = BlockStream([each for each in blocks if kinds[type(each)] > 1], device=device)
+    for block in stream.blocks:
+        stream.park(block)
+    replace_tensors(encoder, lambda tensor: tensor.to(device))
+    stream.start()
