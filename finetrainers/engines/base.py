@@ -107,7 +107,8 @@ class Engine(ABC):
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         # As torch.nn.utils.clip_grad_norm_ does it, less its sorting by device and type, which takes as long again.
         gradients = [self._local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        norm = self._global_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        norms = torch._foreach_norm(gradients, 2, torch.float32)
+        norm = self._global_norm(torch.linalg.vector_norm(torch.stack(norms)))
         if self._max_grad_norm > 0:
             torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
         self._optimizer.step()
