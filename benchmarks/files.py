@@ -22,7 +22,7 @@ from loop import FakeFamily
 from machine import describe_machine
 from safetensors.torch import save_file
 
-from finetrainers.config.schema import LoraOptions, ModelConfig, ObjectiveConfig
+from finetrainers.config.schema import LoraOptions, ModelConfig, ObjectiveConfig, OptimizerConfig
 from finetrainers.data.cache import Cache
 from finetrainers.demo.clips import render_clips
 from finetrainers.demo.model import write_tiny_ltx
@@ -30,9 +30,10 @@ from finetrainers.engines.single import SingleEngine
 from finetrainers.families.ltx import TARGETS
 from finetrainers.methods.lora import Lora
 from finetrainers.objectives import build_objective
+from finetrainers.optimizers.build import build_optimizer
 from finetrainers.training.checkpoint import Checkpointer
-from finetrainers.training.optimizer import build_optimizer, build_schedule
 from finetrainers.training.saving import gather_weights
+from finetrainers.training.schedule import build_schedule
 from finetrainers.training.state import TrainState
 
 GOALS = {
@@ -79,8 +80,8 @@ class Bare:
     def __init__(self, trained: dict[str, torch.nn.Parameter]) -> None:
         self.trained, self.callbacks, self.device = trained, (), torch.device("cpu")
         self.state, self.engine = TrainState(step=1), SingleEngine()
-        settings = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-        self.optimizer = build_optimizer("adamw", list(trained.values()), **settings)
+        options = OptimizerConfig(lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+        self.optimizer = build_optimizer(trained, options, seed=0)
         self.schedule = build_schedule("constant", self.optimizer, warmup_steps=0, steps=1)
         for parameter in trained.values():
             parameter.grad = torch.ones_like(parameter)

@@ -19,7 +19,7 @@ import torch
 from diffusers import LTXVideoTransformer3DModel
 from machine import describe_machine
 
-from finetrainers.config.schema import LoraOptions, ModelConfig, ObjectiveConfig
+from finetrainers.config.schema import LoraOptions, ModelConfig, ObjectiveConfig, OptimizerConfig
 from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata
 from finetrainers.data.cache import Cache
 from finetrainers.engines.single import SingleEngine
@@ -27,9 +27,10 @@ from finetrainers.families.ltx import TARGETS, LTXVideo
 from finetrainers.folder import RunFolder
 from finetrainers.methods.lora import Lora
 from finetrainers.objectives import build_objective
+from finetrainers.optimizers.build import build_optimizer
 from finetrainers.training.metrics import MetricsFile
-from finetrainers.training.optimizer import build_optimizer, build_schedule
 from finetrainers.training.progress import ProgressLine
+from finetrainers.training.schedule import build_schedule
 from finetrainers.training.trainer import Trainer
 from finetrainers.types import Batch, Bucket, Condition, Sample
 
@@ -81,8 +82,8 @@ def build_trainer(folder: Path, shape: dict[str, Any], steps: int) -> Trainer:
     models = {"transformer": transformer}
     method.attach(models, seed=0)
     trained = method.trained(models)
-    parameters = list(trained.values())
-    optimizer = build_optimizer("adamw", parameters, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
+    options = OptimizerConfig(lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = build_optimizer(trained, options, seed=0)
     drawer = BatchDrawer(samples, cache, objective.law, Strata(0, 1, 1), 0.05, [(Condition(), 1.0)], family.given)
     progress = ProgressLine()
     return Trainer(

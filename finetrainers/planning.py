@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetrainers.data.dataset import Dataset
 from finetrainers.data.scan import Item
 from finetrainers.families.base import Family
+from finetrainers.optimizers.size import state_bytes
 from finetrainers.types import Bucket, Condition
 
 
@@ -60,13 +61,16 @@ def count_parameters(models: Mapping[str, torch.nn.Module]) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
-def states_gib(models: Mapping[str, torch.nn.Module], *, weights_dtype: torch.dtype, optimizer: str) -> float:
+def states_gib(
+    models: Mapping[str, torch.nn.Module], *, weights_dtype: torch.dtype, trained_dtype: torch.dtype, optimizer: str
+) -> float:
     """Weights, gradients and optimizer state of a run whose processes share none of it, from models to which the method
-    is attached, on whatever device. Trained weights and gradients are fp32; AdamW keeps two numbers of each, in fp32 or
-    in a byte."""
+    is attached, on whatever device; of the types that the method gives to what is loaded and to what moves."""
     every, trained = count_parameters(models)
-    moments = 2 * (1 if optimizer == "adamw_8bit" else 4)
-    return ((every - trained) * weights_dtype.itemsize + trained * (4 + 4 + moments)) / 2**30
+    shapes = [tuple(p.shape) for model in models.values() for p in model.parameters() if p.requires_grad]
+    state = state_bytes(optimizer, shapes)
+    weights = (every - trained) * weights_dtype.itemsize + trained * trained_dtype.itemsize
+    return (weights + trained * trained_dtype.itemsize + state.device + state.host) / 2**30
 
 
 def count_flop(

@@ -76,7 +76,7 @@ def step_work(method: Method, models: Mapping[str, torch.nn.Module], bucket: Buc
         passes=options.gradient_accumulation_steps,
         batch_size=options.batch_size,
         trained_parameters=trained,
-        weight_bytes=4 * trained + method.weights_dtype.itemsize * (every - trained),
+        weight_bytes=method.trained_dtype.itemsize * trained + method.weights_dtype.itemsize * (every - trained),
         gathered_bytes=method.dtype.itemsize * sum(parameter.numel() for parameter in transformer.parameters()),
         num_blocks=len(method.family.blocks("transformer", transformer)),
     )

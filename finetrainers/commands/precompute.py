@@ -27,6 +27,7 @@ from finetrainers.memory.report import MemoryReport
 from finetrainers.methods.base import Method
 from finetrainers.methods.find import find_method
 from finetrainers.objectives import build_objective
+from finetrainers.optimizers.kinds import defaults as optimizer_defaults
 from finetrainers.training.progress import phase_progress
 from finetrainers.training.signals import StopSignals
 from finetrainers.types import Bucket, Condition, Record
@@ -107,9 +108,10 @@ def encode(config: RunConfig, engine: Engine) -> Prepared:
 
 
 def complete(config: RunConfig, *, weights: bool = True) -> tuple[Family, RunConfig]:
-    """The family of the config's model, and the config with the family's defaults put in and its sizes checked."""
+    """The family of the config's model, and the config with the defaults of family and optimizer put in and its sizes
+    checked."""
     family = find_family(config.model, vae_tiling=config.memory.vae_tiling, weights=weights)
-    config = fill_defaults(config, family.defaults(config.method.name))
+    config = fill_defaults(config, family.defaults(config.method.name) | optimizer_defaults(config.optimizer.name))
     check_sizes(family, config)
     check_context(family, config)
     check_weights(config)

@@ -21,6 +21,7 @@ from finetrainers.families.base import SamplingOptions
 from finetrainers.folder import RunFolder, write_atomically
 from finetrainers.hashing import digest, seed_for
 from finetrainers.memory.report import device_gib
+from finetrainers.optimizers.build import build_optimizer, can_be_shared, check_optimizer
 from finetrainers.planning import states_gib
 from finetrainers.reporting.report import write_report
 from finetrainers.training.callback import Callback
@@ -28,10 +29,10 @@ from finetrainers.training.checkpoint import Checkpointer
 from finetrainers.training.memory import MemoryPhases
 from finetrainers.training.metrics import MetricsFile
 from finetrainers.training.models import load_models
-from finetrainers.training.optimizer import build_optimizer, build_schedule, check_optimizer
 from finetrainers.training.progress import ProgressLine
 from finetrainers.training.random_state import seed_random_state
 from finetrainers.training.saving import WeightsSaver
+from finetrainers.training.schedule import build_schedule
 from finetrainers.training.signals import StopSignals
 from finetrainers.training.streaming import check_streaming
 from finetrainers.training.tracking import Trackers, build_trackers, check_trackers
@@ -49,8 +50,14 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
         check_trackers(config.tracking.trackers)
         run = RunFolder(config.output)
         engine = build_engine(plain_strategy(config))
-        check_optimizer(config.optimizer.name, shared=engine.shares)
         check_memory(config, engine)
+        check_optimizer(
+            config.optimizer,
+            config.training,
+            weights_dtype=weights_dtype(config),
+            shares=engine.shares,
+            num_processes=engine.world_size,
+        )
         if resume == "never" and engine.is_main:
             set_aside(run)
         engine.wait()
@@ -65,9 +72,7 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
             **_model_settings(config),
         )
         drawer = build_drawer(prepared, prepared.data.train)
-        optimizer = build_optimizer(
-            config.optimizer.name, list(trained.values()), **config.optimizer.model_dump(include=_OPTIMIZER_SETTINGS)
-        )
+        optimizer = build_optimizer(trained, config.optimizer, seed=config.training.seed)
         checkpointer = build_checkpointer(prepared)
         trainer = Trainer(
             method=prepared.method,
@@ -111,9 +116,14 @@ def plain_strategy(config: RunConfig) -> ParallelConfig:
     models = method.build()
     with torch.device("meta"):
         method.attach(models, seed=0)
-    needed = states_gib(models, weights_dtype=method.weights_dtype, optimizer=config.optimizer.name)
+    needed = states_gib(
+        models,
+        weights_dtype=method.weights_dtype,
+        trained_dtype=method.trained_dtype,
+        optimizer=config.optimizer.name,
+    )
     strategy = pick_strategy(needed, device_gib())
-    if "transformer_2" in models or config.optimizer.name == "adamw_8bit" or config.memory.base_weights:
+    if "transformer_2" in models or config.memory.base_weights or not can_be_shared(config.optimizer, weights_dtype(config)):
         strategy = "ddp"  # The only one that has them.
     logger.info(
         "parallel.strategy auto is %s: weights, gradients and optimizer state are %.3g GiB, the device has %.3g GiB",
@@ -132,11 +142,15 @@ def check_memory(config: RunConfig, engine: Engine) -> None:
         check_streaming(build_method(family, whole), engine, config.memory, checkpointing=checkpointing)
 
 
+def weights_dtype(config: RunConfig) -> str | None:
+    """The value of `method.weights_dtype`, where the method has it."""
+    return getattr(config.method, "weights_dtype", None)
+
+
 def _model_settings(config: RunConfig) -> dict[str, Any]:
     return {"seed": config.training.seed, "checkpointing": config.training.gradient_checkpointing}
 
 
-_OPTIMIZER_SETTINGS = {"lr", "betas", "eps", "weight_decay"}
 _TRAINING_SETTINGS = {"steps", "gradient_accumulation_steps", "max_grad_norm", "seed"}
 
 

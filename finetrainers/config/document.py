@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from finetrainers.config.schema import FREE, METHODS, RunConfig, SourceConfig
+from finetrainers.config.schema import METHODS, RunConfig, SourceConfig
+from finetrainers.config.section import FREE
 
 _INTRODUCTION = """# Options
 

@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from finetrainers.config.explain import explain, one_line, shown
-from finetrainers.config.schema import FREE, RunConfig
+from finetrainers.config.schema import RunConfig
+from finetrainers.config.section import FREE
 from finetrainers.errors import UserError
 from finetrainers.types import Bucket, Condition
 

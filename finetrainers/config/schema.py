@@ -6,17 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
-    ValidationInfo,
     field_validator,
 )
-from pydantic.config import JsonDict
 
+from finetrainers.config.section import FREE, Section
 from finetrainers.config.values import (
     BucketText,
     ConditionText,
@@ -30,25 +27,6 @@ from finetrainers.config.values import (
     as_sources,
     without_repeats,
 )
-
-FREE: JsonDict = {"resume": "free"}
-"""Marks an option that may change between a run and its resumption without changing a number of it."""
-
-
-class Section(BaseModel):
-    """A group of options: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic would read `checkpoint.every: yes` as every step.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("it takes no yes or no")
-        return value
 
 
 class RopeTemporal(Section):
@@ -149,6 +127,9 @@ class FullOptions(Section):
     """Train every weight of the transformer."""
 
     name: Literal["full"]
+    weights_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How trained weights are kept. `bf16` halves weights and gradients: updates are computed in fp32 and rounded at
+    random, so that small ones are kept in the mean."""
 
 
 METHODS: dict[str, type[Section]] = {"lora": LoraOptions, "full": FullOptions}
@@ -191,14 +172,26 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer and the schedule of its learning rate."""
 
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """`adamw_8bit` keeps its state in 8 bits (bitsandbytes), a quarter of the memory."""
+    name: Literal[
+        "adamw",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "torchao_adamw_8bit",
+        "torchao_adamw_4bit",
+        "adafactor",
+        "prodigy",
+        "muon",
+    ] = "adamw"
+    """Bytes of state for each trained number: `adamw` 8; `adamw_8bit` 2 (bitsandbytes), `paged_adamw_8bit` the same,
+    spilling to the host's memory; `torchao_adamw_8bit` 2, `torchao_adamw_4bit` 1 (torchao); `adafactor` next to none;
+    `prodigy` 16, finds its own learning rate; `muon` 4, orthogonal updates of matrices, and AdamW for the rest."""
     lr: Annotated[float, Field(ge=0)] | None = None
-    """Learning rate; 0 is a dry run of everything else. Left out: the family's own for the method."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the denominator of the update."""
+    """Learning rate; 0 is a dry run of everything else. Left out: the family's own for the method, and 1 for prodigy,
+    which scales it."""
+    betas: tuple[Fraction, Fraction] | None = None
+    """Decay of the running means of the gradient and of its square (not adafactor's). Left out: 0.9 and 0.999."""
+    eps: Annotated[float, Field(gt=0)] | None = None
+    """Added to the denominator of the update (not adafactor's). Left out: 1e-8."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """Decoupled weight decay."""
     lr_scheduler: Literal[
@@ -207,6 +200,11 @@ class OptimizerConfig(Section):
     """Course of the learning rate over the run, by diffusers' names."""
     lr_warmup_steps: Count = 0
     """Steps over which the learning rate rises from 0 (not with `constant`)."""
+    offload: bool = Field(False, json_schema_extra=FREE)
+    """Keep the state in the host's memory, and bring that of a tensor to the device when it is updated."""
+    in_backward: bool = Field(False, json_schema_extra=FREE)
+    """Update each tensor in the backward pass as soon as its gradient is complete, so that those of the whole model
+    never exist at once. It takes one process, one batch a step and `training.max_grad_norm` 0."""
 
 
 class TrainingConfig(Section):
@@ -221,7 +219,7 @@ class TrainingConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Fixes everything that is drawn: order, noise, noise levels, dropout, initial adapters."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of the transformer. Trained weights are kept in fp32 either way."""
+    """Arithmetic of the transformer. Trained weights are kept in fp32 either way, but for `method.weights_dtype`."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them as they are."""
     gradient_checkpointing: bool = Field(True, json_schema_extra=FREE)

@@ -115,7 +115,7 @@ class Engine(ABC):
         # As torch.nn.utils.clip_grad_norm_ does it, less its sorting by device and type, which takes as long again.
         gradients = [self._local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         groups = self._by_device(gradients)
-        norms = [torch.stack(torch._foreach_norm(group)).to(self.device) for group in groups]
+        norms = [torch.stack(torch._foreach_norm(group, 2, torch.float32)).to(self.device) for group in groups]
         norm = self._global_norm(torch.linalg.vector_norm(torch.cat(norms)))
         if self._max_grad_norm > 0:
             scale = (self._max_grad_norm / (norm + 1e-6)).clamp_(max=1.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from finetrainers.engines.base import Engine
+from finetrainers.optimizers.by_tensor import InBackward
 
 
 class SingleEngine(Engine):
@@ -22,6 +23,13 @@ class SingleEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    def step(self) -> Tensor:
+        if not isinstance(self._optimizer, InBackward):
+            return super().step()
+        # The backward pass has applied and dropped the gradients.
+        self._optimizer.step()
+        return torch.linalg.vector_norm(torch.stack(self._optimizer.take_norms()))
 
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor

@@ -79,11 +79,12 @@ def load(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, 
 
 
 def _room(path: str, entry: Any, parameters: list[nn.Parameter]) -> torch.Tensor:
-    """A tensor to read an entry of the optimizer's state into, such as `state/17/exp_avg`: held as the parameter is
-    that it is of."""
+    """A tensor to read an entry of the optimizer's state into, such as `state/17/exp_avg`: sharded as the parameter is
+    that it is of, and else on the CPU, since the optimizer knows best where it belongs."""
     words = path.split("/")
     if words[0] == "state" and entry.size == (parameter := parameters[int(words[1])]).shape:
-        return torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
+        device = parameter.device if hasattr(parameter, "placements") else "cpu"
+        return torch.zeros_like(parameter, dtype=entry.properties.dtype, device=device, requires_grad=False)
     return torch.zeros(entry.size, dtype=entry.properties.dtype)
 
 

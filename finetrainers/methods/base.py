@@ -47,10 +47,15 @@ class Method(ABC):
     def weights_dtype(self) -> torch.dtype:
         """The type in which the weights are loaded."""
 
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """The type of what moves, and of its gradients."""
+        return torch.float32
+
     @abstractmethod
     def attach(self, models: Mapping[str, nn.Module], seed: int) -> None:
-        """Prepare the models, so that what moves, and nothing else, requires a gradient, and is fp32. `seed` fixes
-        what is drawn.
+        """Prepare the models, so that what moves, and nothing else, requires a gradient, and is of
+        `trained_dtype`. `seed` fixes what is drawn.
 
         Raises UserError when the options do not fit the model.
         """

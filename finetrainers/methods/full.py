@@ -15,14 +15,19 @@ from finetrainers.weights import write_transformer
 
 
 class Full(Method):
-    """All weights in fp32, so that small updates are not lost; bf16 arithmetic under autocast."""
+    """All weights in fp32, so that small updates are not lost, and bf16 arithmetic under autocast; or in bf16, and
+    rounded at random, so that they are not lost in the mean."""
 
     name = "full"
     saves_trained_only = False
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        return torch.float32
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.options.weights_dtype]
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        return self.weights_dtype
 
     def attach(self, models: Mapping[str, nn.Module], seed: int) -> None:
         for model in models.values():
@@ -30,7 +35,7 @@ class Full(Method):
 
     @property
     def linear_dtype(self) -> torch.dtype | None:
-        return None if self.dtype == torch.float32 else self.dtype
+        return None if self.dtype == self.weights_dtype else self.dtype
 
     @property
     def saved_dtype(self) -> torch.dtype | None:
@@ -38,7 +43,7 @@ class Full(Method):
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         # Each weight is used once a pass: kept, their copies would only lie there, and outlive weights that are shared.
-        enabled = self.dtype != torch.float32
+        enabled = self.dtype != self.weights_dtype
         return torch.autocast(device.type, dtype=self.dtype, enabled=enabled, cache_enabled=False)
 
     def save(self, models: Mapping[str, nn.Module], weights: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:

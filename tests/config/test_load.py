@@ -62,7 +62,7 @@ BAD_FILES = {
     "key like no other": (MINIMAL + "memory: {zzz: 1}", ["unknown key `memory.zzz`", "allowed there: vae_tiling"]),
     "misspelt method": (MINIMAL + "method: {name: lor}", ["`method.name` is 'lor'", "lora, full", "mean `lora`?"]),
     "method by name alone": (MINIMAL + "method: full", ["`method` is 'full'", "must hold keys"]),
-    "misspelt choice": (MINIMAL + "optimizer: {name: adam}", ["`optimizer.name` is 'adam'", "'adamw' or 'adamw_8bit'"]),
+    "misspelt choice": (MINIMAL + "optimizer: {name: adam}", ["`optimizer.name` is 'adam'", "'prodigy' or 'muon'"]),
     "wrong type": (MINIMAL + "training: {steps: many}", ["`training.steps` is 'many'", "valid integer"]),
     "half a step": (MINIMAL + "training: {steps: 1.5}", ["`training.steps` is 1.5", "valid integer"]),
     "yes for a number": (MINIMAL + "checkpoint: {every: yes}", ["`checkpoint.every` is True", "no yes or no"]),
@@ -274,7 +274,7 @@ def test_fill_defaults_never_overrules_the_user():
 
 def test_fill_defaults_passes_over_what_the_method_has_not():
     filled = fill_defaults(build_config(content(method={"name": "full"})), {"method.target_modules": ["to_q"]})
-    assert filled.method.model_dump() == {"name": "full"}
+    assert filled.method.model_dump() == {"name": "full", "weights_dtype": "fp32"}
 
 
 @pytest.mark.parametrize(
@@ -316,6 +316,7 @@ CHANGES_NUMBERS = {
 }  # fmt: skip
 CHANGES_NONE = {
     "output": "runs/y", "data.num_workers": 0, "data.strict": True, "data.cache": "cache", "training.steps": 5,
+    "optimizer.offload": True, "optimizer.in_backward": True,
     "training.gradient_checkpointing": False, "parallel.strategy": "ddp",
     "parallel.context_parallel_size": 2, "parallel.shard_size": 2, "parallel.zero_stage": 3,
     "parallel.offload": "optimizer", "parallel.deepspeed_config": "ds.json",
@@ -345,6 +346,13 @@ def test_identity_was_decided_for_every_option():
     config = build_config(content())
     options = {f"{name}.{key}" for name, section in config if name != "output" for key in type(section).model_fields}
     assert options | {"output"} == CHANGES_NUMBERS.keys() | CHANGES_NONE.keys()
+
+
+def test_the_type_of_the_weights_is_part_of_the_identity():
+    kinds = [
+        identity(build_config(content(method={"name": "full", "weights_dtype": kind}))) for kind in ("fp32", "bf16")
+    ]
+    assert kinds[0] != kinds[1]
 
 
 def test_steps_are_part_of_the_identity_of_a_schedule_that_bends_towards_the_end():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finetrainers.config.schema import FullOptions, LoraOptions, ModelConfig, ObjectiveConfig
+from finetrainers.config.schema import FullOptions, LoraOptions, ModelConfig, ObjectiveConfig, OptimizerConfig
 from finetrainers.data.batch import Drawn
 from finetrainers.engines.single import SingleEngine
 from finetrainers.families.find import find_family
@@ -16,8 +16,10 @@ from finetrainers.families.ltx import TARGETS
 from finetrainers.hashing import generator_for
 from finetrainers.methods.find import find_method
 from finetrainers.objectives import build_objective
+from finetrainers.optimizers.build import build_optimizer
+from finetrainers.optimizers.kinds import defaults
 from finetrainers.training.callback import Callback
-from finetrainers.training.optimizer import build_optimizer, build_schedule
+from finetrainers.training.schedule import build_schedule
 from finetrainers.training.trainer import Trainer
 from finetrainers.types import Batch
 
@@ -30,8 +32,14 @@ def lora(**options: Any) -> LoraOptions:
     return LoraOptions(**({"rank": 4, "target_modules": TARGETS} | options))
 
 
-def full() -> FullOptions:
-    return FullOptions(name="full")
+def full(**options: Any) -> FullOptions:
+    return FullOptions(name="full", **options)
+
+
+def optimizer_options(name: str = "adamw", **options: Any) -> OptimizerConfig:
+    """The `optimizer` section as a run has it, filled in."""
+    filled = {key.partition(".")[2]: value for key, value in defaults(name).items()}
+    return OptimizerConfig(**({"name": name, "lr": 1e-3, "weight_decay": 0.0} | filled | options))
 
 
 def make_batch(indices: Sequence[int], *, seed: int = 0, epoch: int = 0) -> Batch:
@@ -77,11 +85,11 @@ def make_trainer(
     options: Any = None,
     dtype: torch.dtype = torch.float32,
     callbacks: Sequence[Callback] = (),
-    optimizer: str = "adamw",
+    optimizer: str | OptimizerConfig = "adamw",
     lr: float = 1e-3,
     **settings: Any,
 ) -> Trainer:
-    """A whole trainer; `settings` are its numbers."""
+    """A whole trainer; `settings` are its numbers. An optimizer by name alone takes `lr`."""
     family = find_family(ModelConfig(path=str(model)))
     method = find_method(options or lora(), family, OBJECTIVE, dtype=dtype)
     engine = SingleEngine()
@@ -89,9 +97,10 @@ def make_trainer(
     method.attach(models, seed=1)
     engine.prepare(models, {}, method.linear_dtype)
     trained = method.trained(models)
-    parameters = list(trained.values())
-    built = build_optimizer(optimizer, parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     numbers = {"steps": 4, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0, "seed": 0} | settings
+    if isinstance(optimizer, str):
+        optimizer = optimizer_options(optimizer, lr=lr)
+    built = build_optimizer(trained, optimizer, seed=numbers["seed"])
     return Trainer(
         method=method,
         models=models,

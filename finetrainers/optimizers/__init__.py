@@ -1,0 +1,1 @@
+"""Optimizers by name, what their state weighs, and the ways of holding it that save memory."""
