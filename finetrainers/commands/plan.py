@@ -32,7 +32,8 @@ def plan(config: RunConfig, *, json: bool, nodes: int | None, gpus_per_node: int
     with torch.device("meta"):
         models = method.build()
         method.attach(models, seed=0)
-    save_memory(method, models, options=config.memory, checkpointing=config.training.gradient_checkpointing)
+    checkpointing = str(config.training.gradient_checkpointing)
+    save_memory(method, models, options=config.memory, checkpointing=checkpointing, host=torch.device("meta"))
     condition = max(resolved_conditions(config), key=lambda entry: entry[1])[0]
     made = plan_run(
         family,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +19,7 @@ from pydantic.config import JsonDict
 
 from finetrainers.config.values import (
     BucketText,
+    CheckpointingText,
     ConditionText,
     Count,
     Fraction,
@@ -46,7 +47,8 @@ class Section(BaseModel):
     @classmethod
     def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic would read `checkpoint.every: yes` as every step.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("it takes no yes or no")
         return value
 
@@ -224,8 +226,10 @@ class TrainingConfig(Section):
     """Arithmetic of the transformer. Trained weights are kept in fp32 either way."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them as they are."""
-    gradient_checkpointing: bool = Field(True, json_schema_extra=FREE)
-    """Compute activations again in the backward pass rather than keep them: far less memory, a third more work."""
+    gradient_checkpointing: CheckpointingText = Field("full", json_schema_extra=FREE)
+    """What is computed again in the backward pass rather than kept: `full` (or true) all blocks, far less memory and a
+    third more work; `every-N` blocks 0, N, 2N and so on; `attention` or `feed_forward` only those layers of each block
+    (where HunyuanVideo has both side by side, `feed_forward` is the block); `none` (or false) nothing."""
 
 
 class MemoryConfig(Section):

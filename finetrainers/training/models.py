@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
 from finetrainers.engines.base import Engine
 from finetrainers.engines.context import split_tokens
+from finetrainers.errors import UserError
+from finetrainers.families.base import Family
 from finetrainers.hashing import seed_for
+from finetrainers.memory.checkpointing import set_activations
+from finetrainers.memory.offload import ActivationOffloader, HostMemory
 from finetrainers.methods.base import Method
 
 logger = logging.getLogger(__name__)
@@ -18,7 +24,7 @@ Models = dict[str, nn.Module]
 
 
 def load_models(
-    method: Method, engine: Engine, *, options: Any, seed: int, checkpointing: bool
+    method: Method, engine: Engine, *, options: Any, seed: int, checkpointing: str
 ) -> tuple[Models, dict[str, nn.Parameter]]:
     """The models on their device and the parameters of them that move; `options` are the config's `memory` section."""
     models = method.load(engine.device) if engine.is_main else method.build()
@@ -38,8 +44,32 @@ def load_models(
     return models, trained
 
 
-def save_memory(method: Method, models: Models, *, options: Any, checkpointing: bool) -> None:
-    """Put the measures that save memory into the models, to which the method is attached, on whatever device."""
+def save_memory(
+    method: Method, models: Models, *, options: Any, checkpointing: str, host: torch.device | None = None
+) -> None:
+    """Put the measures that save memory into the models, to which the method is attached, on whatever device.
+    `checkpointing` is `training.gradient_checkpointing`; `host` stands for the host where the device is simulated.
+
+    Raises UserError when the blocks have no layers of the kind that is to be computed again.
+    """
+    memory = HostMemory(host)
     for name, model in models.items():
-        if checkpointing and name.startswith("transformer"):
-            cast(Any, model).enable_gradient_checkpointing()
+        if name.startswith("transformer"):
+            blocks = method.family.blocks(name, model)
+            offloader = ActivationOffloader(len(blocks), memory) if options.offload_activations else None
+            layers = _layers(method.family, blocks, checkpointing)
+            set_activations(model, blocks, checkpointing, layers=layers, offloader=offloader)
+
+
+def _layers(family: Family, blocks: Sequence[nn.Module], checkpointing: str) -> list[nn.Module]:
+    """The layers within blocks that are computed again by themselves."""
+    kinds = {"attention": family.attention_layers, "feed_forward": family.feed_forward_layers}
+    if checkpointing not in kinds:
+        return []
+    found = [layer for block in blocks for layer in kinds[checkpointing](block)]
+    if not found:
+        raise UserError(
+            f"training.gradient_checkpointing {checkpointing}: {family.name} names no such layers of its blocks; take "
+            "full, every-2 or none"
+        )
+    return found
