@@ -1,21 +1,18 @@
-"""From `memory.budget` to the options that fit it: the first of the measures that save memory, in the order of what they
-cost, and no more of them than needed."""
+"""From `memory.budget` to the options that fit it: of the measures that save memory the first, in the order of what
+they cost, and no more of them than needed."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
+import os
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetrainers.config.load import resolved_buckets, resolved_conditions
 from finetrainers.config.schema import RunConfig
-from finetrainers.errors import UserError
 from finetrainers.families.base import Family
 from finetrainers.memory.report import device_gib
-from finetrainers.commands.method import build_method
-from finetrainers.training.forecast import Phase, Work, encoding_phases, training_phases
+from finetrainers.training.forecast import Phase, Step, Work, encoding_phases, simulate_step, training_phases
 from finetrainers.types import Bucket, Condition
 
 logger = logging.getLogger(__name__)
@@ -148,9 +145,7 @@ class Forecaster:
         return training_phases(self._steps[key], memory=memory, optimizer=optimizer, shards=num_shards(config))
 
     def _work(self, config: RunConfig) -> Work:
-        family = type(self._family)(
-            self._family.folder, self._family.options, vae_tiling=config.memory.vae_tiling
-        )
+        family = type(self._family)(self._family.folder, self._family.options, vae_tiling=config.memory.vae_tiling)
         options = config.validation
         sampled = Bucket.parse(options.bucket) if options.bucket else resolved_buckets(config)[0]
         return Work(

@@ -18,7 +18,7 @@ from finetrainers.folder import RunFolder
 from finetrainers.methods.base import Method
 from finetrainers.planning import BucketPlan, Plan, count_parameters, plan_buckets, plan_run
 from finetrainers.scaling import ENGINES, TFLOPS, Cluster, Work, predict
-from finetrainers.training.models import save_memory
+from finetrainers.training.measures import save_activations
 from finetrainers.training.progress import phase_progress
 
 
@@ -33,13 +33,7 @@ def plan(config: RunConfig, *, json: bool, nodes: int | None, gpus_per_node: int
         models = method.build()
         method.attach(models, seed=0)
     parameters = count_parameters(models)
-    save_memory(
-        method,
-        models,
-        options=config.memory,
-        checkpointing=config.training.gradient_checkpointing,
-        device=torch.device("meta"),
-    )
+    save_activations(method, models, checkpointing=config.training.gradient_checkpointing, offload=False)
     condition = max(resolved_conditions(config), key=lambda entry: entry[1])[0]
     made = plan_run(
         family,

@@ -123,7 +123,11 @@ def plain_strategy(config: RunConfig) -> ParallelConfig:
         optimizer=config.optimizer.name,
     )
     strategy = pick_strategy(needed, device_gib())
-    if "transformer_2" in models or config.memory.base_weights or not can_be_shared(config.optimizer, weights_dtype(config)):
+    if (
+        "transformer_2" in models
+        or config.memory.base_weights
+        or not can_be_shared(config.optimizer, weights_dtype(config))
+    ):
         strategy = "ddp"  # The only one that has them.
     logger.info(
         "parallel.strategy auto is %s: weights, gradients and optimizer state are %.3g GiB, the device has %.3g GiB",

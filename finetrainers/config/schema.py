@@ -16,6 +16,7 @@ from pydantic import (
 from finetrainers.config.section import FREE, Section
 from finetrainers.config.values import (
     BucketText,
+    CheckpointingText,
     ConditionText,
     Count,
     Fraction,
@@ -222,8 +223,10 @@ class TrainingConfig(Section):
     """Arithmetic of the transformer. Trained weights are kept in fp32 either way, but for `method.weights_dtype`."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them as they are."""
-    gradient_checkpointing: bool = Field(True, json_schema_extra=FREE)
-    """Compute activations again in the backward pass rather than keep them: far less memory, a third more work."""
+    gradient_checkpointing: CheckpointingText = Field("full", json_schema_extra=FREE)
+    """What is computed again in the backward pass rather than kept: `full` (or true) all blocks, far less memory and a
+    third more work; `every-N` blocks 0, N, 2N and so on; `attention` or `feed_forward` only those layers of each block
+    (where HunyuanVideo has both side by side, `feed_forward` is the block); `none` (or false) nothing."""
 
 
 class MemoryConfig(Section):

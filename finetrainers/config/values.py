@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -35,6 +36,13 @@ def _condition(text: str) -> str:
         raise ValueError(str(error)) from None
 
 
+def _checkpointing(value: bool | str) -> str:
+    word = {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+    if not re.fullmatch(r"full|none|attention|feed_forward|every-[1-9]\d{0,3}", word):
+        raise ValueError("it must be full (or true), none (or false), attention, feed_forward or every-N, as every-2")
+    return word
+
+
 def as_shares(value: Any) -> Any:
     """`first` or `{first: 0.5}`."""
     return {value: 1.0} if isinstance(value, str) else value
@@ -64,3 +72,4 @@ PositiveCount = Annotated[int, Field(ge=1, le=10**9)]
 PathText = Annotated[str, BeforeValidator(_plain_path), AfterValidator(_on_one_line)]
 ConditionText = Annotated[str, AfterValidator(_condition)]
 BucketText = Annotated[str, AfterValidator(_bucket)]
+CheckpointingText = Annotated[bool | str, AfterValidator(_checkpointing)]

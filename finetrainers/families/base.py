@@ -154,6 +154,19 @@ class Family(ABC):
             return [block for blocks in self.block_lists for block in getattr(model, blocks)]
         return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
 
+    def attention_layers(self, block: torch.nn.Module) -> list[torch.nn.Module]:
+        """The attentions of a layer of the transformer that repeats, each with its projections."""
+        from diffusers.models.attention import AttentionModuleMixin
+        from diffusers.models.attention_processor import Attention
+
+        return [module for module in block.modules() if isinstance(module, (Attention, AttentionModuleMixin))]
+
+    def feed_forward_layers(self, block: torch.nn.Module) -> list[torch.nn.Module]:
+        """The feed-forward parts of such a layer; the layer itself where they cannot be told apart."""
+        from diffusers.models.attention import FeedForward
+
+        return [module for module in block.modules() if isinstance(module, FeedForward)]
+
     @classmethod
     def context_plan(cls) -> dict[str, Any]:
         """How the transformer's video tokens are split over processes, by names of modules, as diffusers'

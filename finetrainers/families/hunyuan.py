@@ -134,6 +134,10 @@ class HunyuanVideo(Family):
         network = load_network("HunyuanVideoTransformer3DModel", self.folder, "transformer", dtype)
         return {"transformer": self._reach_further(network)}
 
+    def feed_forward_layers(self, block: torch.nn.Module) -> list[torch.nn.Module]:
+        # In single blocks attention and feed-forward lie side by side and share their last product.
+        return super().feed_forward_layers(block) or [block]
+
     def _reach_further(self, transformer: Any) -> Any:
         """The transformer with the rotary positions that `model.rope_temporal` asks for."""
         rope = self.options.rope_temporal

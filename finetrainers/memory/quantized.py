@@ -30,7 +30,9 @@ _SMALLEST = 1e-30
 def check_format(option: str, format: str | None) -> None:
     """Raise UserError, before anything slow, where the package that a format needs is not installed."""
     if format == "nf4" and find_spec("bitsandbytes") is None:
-        raise UserError(f"{option} nf4 needs bitsandbytes: pip install 'finetrainers[bitsandbytes]', or take fp8 or int8")
+        raise UserError(
+            f"{option} nf4 needs bitsandbytes: pip install 'finetrainers[bitsandbytes]', or take fp8 or int8"
+        )
 
 
 def quantized_bytes(format: str, out_features: int, in_features: int) -> int:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from finetrainers.encoding import TEXTS_AT_ONCE
 from finetrainers.families.base import Family
 from finetrainers.memory.layout import footprint, spread
-from finetrainers.memory.simulation import SIMULATED, LiveBytes, Peak, peak_bytes, simulation
+from finetrainers.memory.simulation import HOST, SIMULATED, LiveBytes, Peak, peak_bytes, simulation
 from finetrainers.methods.base import Method
 from finetrainers.optimizers.size import state_bytes
-from finetrainers.training.models import save_memory
+from finetrainers.training.measures import lower_precision, save_activations
 from finetrainers.training.simulated import blank_batch, simulated_models
 from finetrainers.types import Batch, Bucket, Condition
 
@@ -53,12 +53,12 @@ class Work:
     """Whether a loss on held-out clips is measured."""
 
 
-def encoding_phases(work: Work) -> list[Phase]:
-    """Captions and clips, each with its encoder alone on the device."""
+def encoding_phases(work: Work, *, memory: Any) -> list[Phase]:
+    """Captions and clips, each with its encoder alone on the device; `memory` is that section of the config."""
     family, dtype = work.method.family, work.method.dtype
     phases = []
     if not work.method.trains_text_encoder:
-        phases.append(_text_phase(family, dtype))
+        phases.append(_text_phase(family, dtype, memory))
     with _simulated_encoders(family.load_video_encoders, dtype) as encoders:
         size = (work.bucket.num_frames, 3, work.bucket.height, work.bucket.width)
         peak = _peak_without_gradient(lambda: family.encode_video(encoders, torch.zeros(size, dtype=torch.uint8)))
@@ -66,7 +66,7 @@ def encoding_phases(work: Work) -> list[Phase]:
     return phases
 
 
-def _text_phase(family: Family, dtype: torch.dtype) -> Phase:
+def _text_phase(family: Family, dtype: torch.dtype, memory: Any) -> Phase:
     tokenizers = family.load_tokenizers()
     with _simulated_encoders(family.load_text_encoders, dtype) as encoders:
         weights = _bytes_of(_networks(encoders))
@@ -95,7 +95,8 @@ def simulate_step(work: Work, *, checkpointing: str, memory: Any, release: bool)
     gradient is let go as soon as it is there."""
     decoder = None if work.sampled is None else _decoder(work.method.family, work.sampled, work.method.dtype)
     with simulated_models(work.method) as (method, models):
-        save_memory(method, models, options=memory, checkpointing=checkpointing)
+        lower_precision(method, models, memory.base_weights, device=SIMULATED)
+        save_activations(method, models, checkpointing=checkpointing, offload=memory.offload_activations, host=HOST)
         batch = blank_batch(method.family, work.bucket, work.condition, batch_size=work.batch_size)
         height = _height_of_step(method, models, batch, release=release)
         return Step(models, method, height, _height_of_validation(method, models, work, decoder))
@@ -150,9 +151,7 @@ def _phase(name: str, weights: int, height: int, *, optimizer: int = 0, host: in
 def _height_of_step(method: Method, models: Mapping[str, nn.Module], batch: Batch, *, release: bool) -> Peak:
     """A forward and a backward pass; with `release` each gradient is let go as soon as it is there."""
     hooks = [
-        parameter.register_post_accumulate_grad_hook(_drop)
-        for parameter in method.trained(models).values()
-        if release
+        parameter.register_post_accumulate_grad_hook(_drop) for parameter in method.trained(models).values() if release
     ]
     peak = peak_bytes(lambda: method.loss(models, batch))
     for hook in hooks:

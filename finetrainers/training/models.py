@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from finetrainers.engines.base import Engine
 from finetrainers.engines.context import split_tokens
-from finetrainers.hashing import digest, seed_for
-from finetrainers.memory import quantized
+from finetrainers.hashing import seed_for
 from finetrainers.methods.base import Method
+from finetrainers.training.measures import lower_precision, save_activations
 from finetrainers.training.streaming import build_streams
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ Models = dict[str, nn.Module]
 
 
 def load_models(
-    method: Method, engine: Engine, *, options: Any, seed: int, checkpointing: bool, kept_in: Path
+    method: Method, engine: Engine, *, options: Any, seed: int, checkpointing: str, kept_in: Path
 ) -> tuple[Models, dict[str, nn.Parameter]]:
     """The models on their device and the parameters of them that move; `options` are the config's `memory` section.
     What is to be kept of weights in low precision lies in the folder `kept_in`."""
@@ -32,7 +32,8 @@ def load_models(
     # The others get from the main process what it makes of weights.
     at_work = engine.device if engine.is_main else torch.device("meta")
     kept_in = kept_in if options.keep_quantized and engine.is_main else None
-    save_memory(method, models, options=options, checkpointing=checkpointing, device=at_work, kept_in=kept_in)
+    lower_precision(method, models, options.base_weights, device=at_work, kept_in=kept_in)
+    save_activations(method, models, checkpointing=checkpointing, offload=options.offload_activations)
     transformers = [model for name, model in models.items() if name.startswith("transformer")]
     if engine.context_size > 1:
         split_tokens(transformers, method.family.context_plan(), device=engine.device, size=engine.context_size)
@@ -50,36 +51,3 @@ def load_models(
     if engine.world_size > 1:
         logger.info("each of %d processes holds about %s of them", engine.world_size, f"{num_held:,}")
     return models, trained
-
-
-def save_memory(
-    method: Method,
-    models: Models,
-    *,
-    options: Any,
-    checkpointing: bool,
-    device: torch.device,
-    kept_in: Path | None = None,
-) -> None:
-    """Put the measures that save memory into the models, to which the method is attached, on whatever device they are;
-    what must be computed for it is computed on `device`."""
-    for name, model in models.items():
-        if not name.startswith("transformer"):
-            continue
-        if options.base_weights is not None:
-            _quantize(method, name, model, options.base_weights, device=device, kept_in=kept_in)
-        if checkpointing:
-            cast(Any, model).enable_gradient_checkpointing()
-
-
-def _quantize(
-    method: Method, name: str, model: nn.Module, format: str, *, device: torch.device, kept_in: Path | None
-) -> None:
-    """Hold the frozen weights of a transformer's blocks in low precision; with a folder, keep them there."""
-    family = method.family
-    layers = quantized.quantizable(model, family.blocks(name, model), family.precise_layers)
-    kept = None
-    if kept_in is not None:
-        made_by = [quantized.VERSION, format, str(method.weights_dtype), device.type]
-        kept = kept_in / f"{digest([family.fingerprint('transformer'), name, made_by, layers])}.safetensors"
-    quantized.quantize_layers(model, layers, format, device=device, kept=kept)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from finetrainers.families.base import Family
+from finetrainers.families.parts import cast_as_loaded
 from finetrainers.memory.simulation import SIMULATED, simulation
 from finetrainers.methods.base import Method
 from finetrainers.types import Batch, Bucket, Condition
@@ -25,7 +26,9 @@ def simulated_models(method: Method) -> Iterator[tuple[Method, dict[str, nn.Modu
     ours.family = type(family)(family.folder, family.options, vae_tiling=family.vae_tiling)
     models = ours.build()
     for name, model in models.items():
-        cast_as_loaded(model, ours.weights_dtype if name.startswith("transformer") else ours.dtype)
+        is_transformer = name.startswith("transformer")
+        kept = (getattr(model, "_keep_in_fp32_modules", None) or ()) if is_transformer else ()
+        cast_as_loaded(model, ours.weights_dtype if is_transformer else ours.dtype, kept=kept)
     with torch.device("meta"):
         ours.attach(models, seed=0)
     with simulation():
@@ -33,15 +36,6 @@ def simulated_models(method: Method) -> Iterator[tuple[Method, dict[str, nn.Modu
             model.to_empty(device=SIMULATED)
             model.train()
         yield ours, models
-
-
-def cast_as_loaded(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give parameters and saved buffers the type that diffusers loads them in: some layers stay fp32."""
-    keep = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    saved = model.state_dict(keep_vars=True)
-    for name, tensor in saved.items():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(torch.float32 if keep & set(name.split(".")) else dtype)
 
 
 def blank_batch(family: Family, bucket: Bucket, condition: Condition, *, batch_size: int = 1) -> Batch:

@@ -317,7 +317,7 @@ CHANGES_NUMBERS = {
 CHANGES_NONE = {
     "output": "runs/y", "data.num_workers": 0, "data.strict": True, "data.cache": "cache", "training.steps": 5,
     "optimizer.offload": True, "optimizer.in_backward": True,
-    "training.gradient_checkpointing": False, "parallel.strategy": "ddp",
+    "training.gradient_checkpointing": False, "memory.offload_activations": True, "parallel.strategy": "ddp",
     "parallel.context_parallel_size": 2, "parallel.shard_size": 2, "parallel.zero_stage": 3,
     "parallel.offload": "optimizer", "parallel.deepspeed_config": "ds.json",
     "validation.every": 5, "validation.prompts": "x", "validation.num_videos": 0, "validation.negative_prompt": "x",
