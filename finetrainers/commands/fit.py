@@ -3,25 +3,28 @@ they cost, and no more of them than needed."""
 
 from __future__ import annotations
 
+import functools
 import logging
-import os
-from dataclasses import asdict, dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from finetrainers.config.load import resolved_buckets, resolved_conditions
+from finetrainers.commands.forecasting import GIB, Forecaster
+from finetrainers.config.load import resolved_buckets
 from finetrainers.config.schema import RunConfig
+from finetrainers.errors import UserError
 from finetrainers.families.base import Family
 from finetrainers.memory.report import device_gib
-from finetrainers.training.forecast import Phase, Step, Work, encoding_phases, simulate_step, training_phases
-from finetrainers.types import Bucket, Condition
+from finetrainers.training.forecast import Phase
+from finetrainers.types import Bucket
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 CONTEXT_GIB = 0.6
 """What CUDA and its libraries hold besides what is asked of them."""
 SPLIT_SHARE = 0.04
-"""Of the rest, what is lost between tensors: the allocator hands out whole blocks."""
+"""Of the rest, what is lost between tensors, because the allocator hands out whole blocks."""
 
 
 @dataclass(frozen=True)
@@ -32,37 +35,27 @@ class Measure:
     value: Any
     cost: str
     """What one pays for it."""
-    methods: tuple[str, ...] = ("lora", "full")
-    shared: bool = False
-    """Whether it also works where processes share the weights (fsdp, deepspeed)."""
-    package: str | None = None
-    """What must be installed for it."""
 
 
-TRAINING = (
-    Measure("training.gradient_checkpointing", "every-2", "a sixth more work", shared=True),
-    Measure("training.gradient_checkpointing", "full", "a third more work", shared=True),
-    Measure("memory.offload_activations", True, "copies that mostly hide behind the work", shared=True),
-    Measure("optimizer.offload", True, "copies of the state in every step"),
+MEASURES = (
+    Measure("training.gradient_checkpointing", "every-2", "a sixth more work"),
+    Measure("training.gradient_checkpointing", "full", "a third more work"),
+    Measure("memory.offload_activations", True, "copies in every pass, mostly hidden behind the work"),
+    Measure("memory.stream_text_encoder", True, "captions are encoded more slowly, once"),
+    Measure("optimizer.offload", True, "copies of the optimizer's state in every step"),
     Measure("memory.stream_blocks", "all", "copies of the weights in every pass, hidden where a block takes longer"),
-    Measure("optimizer.name", "adamw_8bit", "numbers a little different", package="bitsandbytes"),
-    Measure("method.weights_dtype", "bf16", "numbers a little different", methods=("full",)),
-    Measure("memory.base_weights", "fp8", "numbers different, and weights made whole in every pass", methods=("lora",)),
-    Measure("memory.base_weights", "nf4", "numbers more different", methods=("lora",), package="bitsandbytes"),
+    Measure("memory.vae_tiling", True, "latents that differ a little at the seams of tiles"),
+    Measure("optimizer.name", "adamw_8bit", "updates that differ a little"),
+    Measure("method.weights_dtype", "bf16", "updates that differ a little"),
+    Measure("memory.base_weights", "fp8", "a base model that differs a little, made whole in every pass"),
+    Measure("memory.base_weights", "nf4", "a base model that differs more, made whole in every pass"),
 )
-"""For a step, in the order in which they are taken: first what changes no number, then what does."""
-ENCODING = (
-    Measure("memory.stream_text_encoder", True, "slower encoding of captions, once", shared=True),
-    Measure("memory.vae_tiling", True, "latents a little different", shared=True),
-)
-"""For encoding and for sample videos."""
-NOTHING = {"training.gradient_checkpointing": "none"}
-"""Where the search begins: the options whose defaults save memory already."""
+"""In the order in which they are taken: first what changes no number, then what does."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A measure that was taken, and what it did to the peak."""
+    """A measure that was taken, and the run's peak without and with it."""
 
     option: str
     value: Any
@@ -77,26 +70,38 @@ class MemoryPlan:
 
     phases: list[Phase]
     budget_gib: float | None
-    """What may be held: the budget less what cannot be used of it."""
+    """What tensors may take of the budget; None where there is none."""
     chosen: list[Chosen]
 
     @property
     def peak_gib(self) -> float:
         return max(phase.peak for phase in self.phases) / GIB
 
-    @property
-    def fits(self) -> bool | None:
-        return None if self.budget_gib is None else self.peak_gib <= self.budget_gib
-
     def as_dict(self) -> dict[str, Any]:
-        """The plan as JSON has it, in GiB."""
+        """The plan as JSON has it."""
         return {
             "phases": [_in_gib(phase) for phase in self.phases],
             "peak_gib": self.peak_gib,
             "budget_gib": self.budget_gib,
-            "fits": self.fits,
+            "fits": None if self.budget_gib is None else self.peak_gib <= self.budget_gib,
             "chosen": [asdict(each) for each in self.chosen],
         }
+
+    def lines(self) -> list[str]:
+        """The plan as people read it."""
+        names = ("weights", "gradients", "optimizer", "activations", "peak", "host")
+        lines = [f"memory, GiB{'':<5}" + "".join(f"{name:>13}" for name in names)]
+        for phase in self.phases:
+            sizes = [getattr(phase, name) for name in names]
+            cells = ("not counted" if size is None else f"{size / GIB:.2f}" for size in sizes)
+            lines.append(f"  {phase.name:<14}" + "".join(f"{cell:>13}" for cell in cells))
+        if self.budget_gib is not None:
+            lines.append(f"memory.budget leaves {self.budget_gib:.1f} GiB; taken for it, of what was left open:")
+            lines += [
+                f"  {each.option}={each.value}: {each.before_gib:.1f} -> {each.after_gib:.1f} GiB ({each.cost})"
+                for each in self.chosen
+            ] or ["  nothing, as all fits"]
+        return lines
 
 
 def usable_gib(budget: str) -> float:
@@ -105,60 +110,135 @@ def usable_gib(budget: str) -> float:
     return (whole - CONTEXT_GIB) * (1 - SPLIT_SHARE)
 
 
+def given_options(config: RunConfig) -> frozenset[str]:
+    """The options that the user set, as `section.key`; a config that a run wrote down sets them all."""
+    return frozenset(f"{section}.{name}" for section, value in config for name in getattr(value, "model_fields_set", ()))
+
+
+def fit(
+    family: Family, config: RunConfig, *, given: Collection[str], check: Callable[[RunConfig], None]
+) -> tuple[RunConfig, MemoryPlan]:
+    """The config with measures that make it fit `memory.budget`, where it has one, of those that are not `given` and
+    that `check` does not refuse; and what it then holds.
+
+    Raises UserError, saying what would fit, where nothing does.
+    """
+    forecaster = Forecaster(family, config)
+    if config.memory.budget is None:
+        return config, MemoryPlan(forecaster.phases(config), None, [])
+    limit = usable_gib(config.memory.budget)
+
+    def fits(variant: RunConfig) -> bool:
+        return forecaster.peak_gib(variant) <= limit
+
+    if "training.gradient_checkpointing" not in given:
+        config = set_option(config, "training.gradient_checkpointing", "none")
+    measures = _left_to_choose(config, given, check)
+    variants = [functools.reduce(_take, measures[:count], config) for count in range(len(measures) + 1)]
+    needed = bisect_left(variants, True, key=fits)
+    if needed == len(variants):
+        raise UserError(_refusal(family, variants[-1], limit))
+    needed_measures = _needed(config, measures[:needed], fits)
+    fitted = functools.reduce(_take, needed_measures, config)
+    if any(measure.option == "memory.stream_blocks" for measure in needed_measures):
+        fitted = _stream_less(fitted, forecaster.num_blocks(fitted), fits)
+    return fitted, MemoryPlan(forecaster.phases(fitted), limit, _explain(config, fitted, needed_measures, forecaster))
+
+
+def _explain(
+    config: RunConfig, fitted: RunConfig, measures: Sequence[Measure], forecaster: Forecaster
+) -> list[Chosen]:
+    """What each measure did, one after another."""
+    chosen = []
+    for measure in measures:
+        value, before = get_option(fitted, measure.option), forecaster.peak_gib(config)
+        config = set_option(config, measure.option, value)
+        chosen.append(Chosen(measure.option, value, measure.cost, before, forecaster.peak_gib(config)))
+    return chosen
+
+
+def get_option(config: RunConfig, option: str) -> Any:
+    """The value of `section.key`."""
+    section, name = option.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def set_option(config: RunConfig, option: str, value: Any) -> RunConfig:
+    """The config with another value of `section.key`."""
+    section, name = option.split(".")
+    return config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
+
+
+def _take(config: RunConfig, measure: Measure) -> RunConfig:
+    return set_option(config, measure.option, measure.value)
+
+
+def _left_to_choose(
+    config: RunConfig, given: Collection[str], check: Callable[[RunConfig], None]
+) -> list[Measure]:
+    """The measures that this run can take, each beside those before it."""
+    left = []
+    for measure in MEASURES:
+        section, name = measure.option.split(".")
+        if measure.option in given or not hasattr(getattr(config, section), name):
+            continue
+        try:
+            check(variant := _take(config, measure))
+        except UserError:
+            continue
+        config = variant
+        left.append(measure)
+    return left
+
+
+def _needed(
+    config: RunConfig, measures: Sequence[Measure], fits: Callable[[RunConfig], bool]
+) -> list[Measure]:
+    """Of measures that fit together those without which they would not, the costliest spared first."""
+    # Of one option the last value counts.
+    needed = list({each.option: each for each in measures}.values())
+    for measure in reversed(needed[:-1]):
+        without = [each for each in needed if each is not measure]
+        if fits(functools.reduce(_take, without, config)):
+            needed = without
+    return needed
+
+
+def _stream_less(config: RunConfig, num_blocks: int, fits: Callable[[RunConfig], bool]) -> RunConfig:
+    """The config with no more blocks streamed than must be."""
+    variants = [set_option(config, "memory.stream_blocks", count) for count in range(1, num_blocks)]
+    fewest = bisect_left(variants, True, key=fits)
+    return variants[fewest] if fewest < len(variants) else config
+
+
+def _refusal(family: Family, config: RunConfig, limit: float) -> str:
+    """That nothing fits, and which size would."""
+    bucket = max(resolved_buckets(config), key=family.num_tokens)
+    least = Forecaster(family, config).peak_gib(config)
+    reason = (
+        f"memory.budget {config.memory.budget} leaves {limit:.1f} GiB, and with every measure that is left open this "
+        f"run needs {least:.1f} GiB"
+    )
+    for smaller in _smaller(family, bucket):
+        variant = set_option(config, "data.buckets", [str(smaller)])
+        if (reached := Forecaster(family, variant).peak_gib(variant)) <= limit:
+            return f"{reason}; data.buckets {smaller} instead of {bucket} would need {reached:.1f} GiB"
+    return f"{reason}; smaller clips would not do: leave more options open, or take a smaller model"
+
+
+def _smaller(family: Family, bucket: Bucket) -> Iterator[Bucket]:
+    """Sizes that the model takes, of fewer and fewer tokens."""
+    for frames, sides in ((1 / 2, 1.0), (1 / 2, 3 / 4), (1 / 4, 1 / 2)):
+        smaller = bucket
+        for name, share in (("num_frames", frames), ("height", sides), ("width", sides)):
+            most = int(share * getattr(bucket, name))
+            sizes = (replace(smaller, **{name: value}) for value in range(most, 0, -1))
+            smaller = next((size for size in sizes if not family.check_bucket(size)), smaller)
+        yield smaller
+
+
 def _in_gib(phase: Phase) -> dict[str, Any]:
     sizes = {name: value for name, value in asdict(phase).items() if name != "name"}
     return {"phase": phase.name} | {
         f"{name}_gib": None if value is None else value / GIB for name, value in sizes.items()
     }
-
-
-class Forecaster:
-    """What variants of one run's config hold; what they have in common is simulated once."""
-
-    def __init__(self, family: Family, config: RunConfig) -> None:
-        self._family = family
-        self._bucket = max(resolved_buckets(config), key=family.num_tokens)
-        self._condition = max(resolved_conditions(config), key=lambda entry: entry[1])[0]
-        self._steps: dict[str, Step] = {}
-        self._encodings: dict[str, list[Phase]] = {}
-
-    def phases(self, config: RunConfig) -> list[Phase]:
-        """Each phase of the run, for the largest of its sizes."""
-        return [*self._encoding(config), *self._training(config)]
-
-    def _encoding(self, config: RunConfig) -> list[Phase]:
-        memory = config.memory
-        key = str((memory.vae_tiling, memory.text_encoder_weights, memory.stream_text_encoder))
-        if key not in self._encodings:
-            self._encodings[key] = encoding_phases(self._work(config), memory=memory)
-        return self._encodings[key]
-
-    def _training(self, config: RunConfig) -> list[Phase]:
-        memory, optimizer = config.memory, config.optimizer
-        checkpointing = config.training.gradient_checkpointing
-        computed = (checkpointing, memory.offload_activations, memory.base_weights, memory.vae_tiling)
-        key = str((config.method, *computed, optimizer.in_backward))
-        if key not in self._steps:
-            self._steps[key] = simulate_step(
-                self._work(config), checkpointing=checkpointing, memory=memory, release=optimizer.in_backward
-            )
-        return training_phases(self._steps[key], memory=memory, optimizer=optimizer, shards=num_shards(config))
-
-    def _work(self, config: RunConfig) -> Work:
-        family = type(self._family)(self._family.folder, self._family.options, vae_tiling=config.memory.vae_tiling)
-        options = config.validation
-        sampled = Bucket.parse(options.bucket) if options.bucket else resolved_buckets(config)[0]
-        return Work(
-            method=build_method(family, config),
-            bucket=self._bucket,
-            condition=Condition() if self._bucket.num_frames == 1 else self._condition,
-            batch_size=config.training.batch_size,
-            sampled=sampled if options.every and (options.prompts or options.num_videos) else None,
-            validates=bool(options.every),
-        )
-
-
-def num_shards(config: RunConfig) -> int:
-    """Among how many processes weights, gradients and optimizer state are shared out."""
-    shared = config.parallel.strategy in ("fsdp", "deepspeed")
-    return int(os.environ.get("WORLD_SIZE", "1")) if shared else 1

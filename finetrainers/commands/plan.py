@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from finetrainers.commands.precompute import build_method, complete
+from finetrainers.commands.completing import build_method, complete
 from finetrainers.config.load import resolved_conditions
 from finetrainers.config.schema import RunConfig
 from finetrainers.data.dataset import cache_folder, open_dataset

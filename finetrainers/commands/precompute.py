@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from finetrainers.commands.completing import DTYPES, build_method
+from finetrainers.commands.opening import open_run
 from finetrainers.config.load import fill_defaults, resolved_buckets, resolved_conditions
 from finetrainers.config.schema import RunConfig
 from finetrainers.data.cache import Cache
@@ -34,8 +36,6 @@ from finetrainers.types import Bucket, Condition, Record
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -57,8 +57,8 @@ class Prepared:
 def precompute(config: RunConfig) -> int:
     """Encode everything that a run of this config needs, and say where it lies."""
     with StopSignals():
-        engine = build_engine(config.parallel)
-        prepared = encode(config, engine)
+        family, config, engine = open_run(config, trains=False)
+        prepared = encode(family, config, engine)
     num_samples = len(prepared.data.train) + len(prepared.data.held_out)
     if engine.is_main:
         print(f"{num_samples} samples are encoded in {prepared.cache.root}")
@@ -66,9 +66,8 @@ def precompute(config: RunConfig) -> int:
     return 0
 
 
-def encode(config: RunConfig, engine: Engine) -> Prepared:
-    """Find the family, complete the config, look at the clips, and encode what the cache lacks, on all processes."""
-    family, config = complete(config)
+def encode(family: Family, config: RunConfig, engine: Engine) -> Prepared:
+    """Look at the clips, and encode what the cache lacks, on all processes; the config is whole."""
     run = RunFolder(config.output)
     run.root.mkdir(parents=True, exist_ok=True)
     memory = MemoryReport(run.memory if engine.is_main else None, engine.device)
@@ -105,84 +104,6 @@ def encode(config: RunConfig, engine: Engine) -> Prepared:
         write_atomically(run.problems, "".join(f"{row}\n" for row in rows))
     memory.phase("after encoding")
     return Prepared(config, engine, family, run, cache, encoder, data, method, scenes, memory)
-
-
-def complete(config: RunConfig, *, weights: bool = True) -> tuple[Family, RunConfig]:
-    """The family of the config's model, and the config with the defaults of family and optimizer put in and its sizes
-    checked."""
-    family = find_family(config.model, vae_tiling=config.memory.vae_tiling, weights=weights)
-    config = fill_defaults(config, family.defaults(config.method.name) | optimizer_defaults(config.optimizer.name))
-    check_sizes(family, config)
-    check_context(family, config)
-    check_weights(config)
-    return family, config
-
-
-def build_method(family: Family, config: RunConfig) -> Method:
-    """The method that a whole config asks for, on its family and objective."""
-    objective = build_objective(
-        config.objective, alphas_cumprod=family.alphas_cumprod(), noise_range=family.noise_range
-    )
-    return find_method(config.method, family, objective, dtype=DTYPES[config.training.precision])
-
-
-def check_sizes(family: Family, config: RunConfig) -> None:
-    """Refuse buckets that the model cannot take and conditions that it cannot be given, saying why and what is near."""
-    for key, bucket, conditions in _sizes(config):
-        if reason := family.check_bucket(bucket):
-            raise UserError(f"{key} {bucket}: {reason}")
-        for condition in conditions:
-            if reason := family.check_condition(condition, bucket):
-                raise UserError(f"data.conditions {condition} with {key} {bucket}: {reason}")
-
-
-def check_context(family: Family, config: RunConfig) -> None:
-    """Refuse to split tokens over processes where the model cannot, or where heads or tokens do not divide."""
-    key, size = "parallel.context_parallel_size", config.parallel.context_parallel_size
-    if size == 1:
-        return
-    if not family.context_plan():
-        able = " and ".join(kind.name for kind in all_families() if kind.context_plan())
-        raise UserError(f"{key} {size}: the tokens of {able} can be split over processes, not of {family.name}; set 1")
-    heads = int(family.config("transformer")["num_attention_heads"])
-    counts = {f"{heads} attention heads of the model": heads}
-    for name, bucket, conditions in _sizes(config):
-        for condition in conditions:
-            length = family.sequence_length(bucket, condition)
-            counts[f"{length:,} video tokens of {name} {bucket} with {condition} given"] = length
-    if undivided := next((what for what, count in counts.items() if count % size), None):
-        fitting = [str(n) for n in range(1, heads + 1) if not any(count % n for count in counts.values())]
-        raise UserError(f"{key} {size} does not divide the {undivided}; with these sizes take {' or '.join(fitting)}")
-
-
-def check_weights(config: RunConfig) -> None:
-    """Refuse low precision for weights that move or are shared out, and a format that is not installed."""
-    memory, strategy = config.memory, config.parallel.strategy
-    base, text = (f"memory.{name}_weights {getattr(memory, f'{name}_weights')}" for name in ("base", "text_encoder"))
-    if memory.base_weights and config.method.name == "full":
-        raise UserError(f"{base} is for weights that stay as they are: take method.name lora, or leave it out")
-    if memory.base_weights and strategy in ("fsdp", "deepspeed"):
-        raise UserError(
-            f"{base} leaves each process the whole model, and {strategy} shares it out: take parallel.strategy ddp, or "
-            "leave it out"
-        )
-    if memory.text_encoder_weights and getattr(config.method, "text_encoder", "frozen") == "lora":
-        raise UserError(
-            f"{text} is for encoding captions once, and method.text_encoder lora embeds them in every step: leave one out"
-        )
-    check_format("memory.base_weights", memory.base_weights)
-    check_format("memory.text_encoder_weights", memory.text_encoder_weights)
-
-
-def _sizes(config: RunConfig) -> list[tuple[str, Bucket, list[Condition]]]:
-    """Each size of clips and sample videos: the option that names it, and which frames are given."""
-    named = [("data.buckets", bucket) for bucket in resolved_buckets(config)]
-    if config.validation.bucket:
-        named.append(("validation.bucket", Bucket.parse(config.validation.bucket)))
-    conditions = [condition for condition, _ in resolved_conditions(config)]
-    # A still image among clips is trained on with nothing given, where the model can.
-    still = [Condition()] if Condition() in conditions else conditions
-    return [(key, bucket, still if bucket.num_frames == 1 else conditions) for key, bucket in named]
 
 
 def choose_scenes(config: RunConfig, family: Family, dataset: Dataset, index: FileIndex) -> list[Prompt]:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from finetrainers.commands.precompute import DTYPES
+from finetrainers.commands.completing import DTYPES
 from finetrainers.config.schema import ModelConfig
 from finetrainers.data.image import read_image
 from finetrainers.data.video import write_video

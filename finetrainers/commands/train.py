@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from finetrainers.commands.precompute import DTYPES, Prepared, build_method, complete, encode
+from finetrainers.commands.completing import DTYPES
+from finetrainers.commands.opening import open_run
+from finetrainers.commands.precompute import Prepared, encode
 from finetrainers.config.load import dump_config, identity, resolved_buckets, resolved_conditions
 from finetrainers.config.schema import ParallelConfig, RunConfig
 from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata
@@ -49,20 +51,11 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
     with StopSignals() as signals:
         check_trackers(config.tracking.trackers)
         run = RunFolder(config.output)
-        engine = build_engine(plain_strategy(config))
-        check_memory(config, engine)
-        check_optimizer(
-            config.optimizer,
-            config.training,
-            weights_dtype=weights_dtype(config),
-            shares=engine.shares,
-            num_processes=engine.world_size,
-        )
+        family, config, engine = open_run(config)
         if resume == "never" and engine.is_main:
             set_aside(run)
         engine.wait()
-        prepared = encode(config, engine)
-        config = prepared.config
+        prepared = encode(family, config, engine)
         seed_random_state(config.training.seed)
         models, trained = load_models(
             prepared.method,
@@ -105,50 +98,6 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
     if engine.is_main:
         print(f"weights: {run.weights / 'latest'}\nreport:  {run.report}")
     return 0
-
-
-def plain_strategy(config: RunConfig) -> ParallelConfig:
-    """The `parallel` section with `auto` made plain, where there are several processes: by what each would hold."""
-    if config.parallel.strategy != "auto" or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return config.parallel
-    family, whole = complete(config, weights=False)
-    method = build_method(family, whole)
-    models = method.build()
-    with torch.device("meta"):
-        method.attach(models, seed=0)
-    needed = states_gib(
-        models,
-        weights_dtype=method.weights_dtype,
-        trained_dtype=method.trained_dtype,
-        optimizer=config.optimizer.name,
-    )
-    strategy = pick_strategy(needed, device_gib())
-    if (
-        "transformer_2" in models
-        or config.memory.base_weights
-        or not can_be_shared(config.optimizer, weights_dtype(config))
-    ):
-        strategy = "ddp"  # The only one that has them.
-    logger.info(
-        "parallel.strategy auto is %s: weights, gradients and optimizer state are %.3g GiB, the device has %.3g GiB",
-        strategy,
-        needed,
-        device_gib(),
-    )
-    return config.parallel.model_copy(update={"strategy": strategy})
-
-
-def check_memory(config: RunConfig, engine: Engine) -> None:
-    """Refuse, before anything slow, measures that save memory and cannot work in this run."""
-    if config.memory.stream_blocks or config.memory.stream_text_encoder:
-        family, whole = complete(config, weights=False)
-        checkpointing = config.training.gradient_checkpointing
-        check_streaming(build_method(family, whole), engine, config.memory, checkpointing=checkpointing)
-
-
-def weights_dtype(config: RunConfig) -> str | None:
-    """The value of `method.weights_dtype`, where the method has it."""
-    return getattr(config.method, "weights_dtype", None)
 
 
 def _model_settings(config: RunConfig) -> dict[str, Any]:

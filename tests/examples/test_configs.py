@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from finetrainers.cli import build_parser
-from finetrainers.commands.precompute import build_method
+from finetrainers.commands.completing import build_method
 from finetrainers.config.load import fill_defaults, load_config, resolved_conditions
 from finetrainers.families.find import find_family
 from finetrainers.types import Bucket

@@ -1,0 +1,95 @@
+"""The beginning of a run: its model's family, its config made whole and fitted to the memory, its processes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Collection
+
+import torch
+
+from finetrainers.commands.completing import build_method, check_weights, complete
+from finetrainers.commands.fit import fit, given_options
+from finetrainers.config.schema import ParallelConfig, RunConfig
+from finetrainers.engines.base import Engine
+from finetrainers.engines.build import build_engine, pick_strategy
+from finetrainers.families.base import Family
+from finetrainers.memory.report import device_gib
+from finetrainers.optimizers.build import can_be_shared, check_optimizer
+from finetrainers.planning import states_gib
+from finetrainers.training.streaming import check_streaming
+
+logger = logging.getLogger(__name__)
+
+
+def open_run(config: RunConfig, *, trains: bool = True) -> tuple[Family, RunConfig, Engine]:
+    """What a run stands on. Its config has every option that is left to family, optimizer or memory; what cannot work
+    together is refused, before anything slow."""
+    family, whole = complete(config)
+    engine = build_engine(plain_strategy(family, whole) if trains else whole.parallel)
+    if whole.memory.budget is not None:
+        # Chosen once, where devices may differ.
+        fitted = choose_measures(family, whole, engine, given=given_options(config)) if engine.is_main else None
+        whole = engine.gather(fitted)[0]
+        family, _ = complete(whole)
+    if trains:
+        check_options(family, whole, engine)
+    return family, whole, engine
+
+
+def choose_measures(family: Family, config: RunConfig, engine: Engine, *, given: Collection[str]) -> RunConfig:
+    """The config fitted to `memory.budget`, and the plan said."""
+    fitted, plan = fit(family, config, given=given, check=functools.partial(check_options, family, engine=engine))
+    for line in plan.lines():
+        logger.info("%s", line)
+    return fitted
+
+
+def plain_strategy(family: Family, config: RunConfig) -> ParallelConfig:
+    """The `parallel` section with `auto` made plain, where there are several processes: by what each would hold."""
+    if config.parallel.strategy != "auto" or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return config.parallel
+    method = build_method(family, config)
+    models = method.build()
+    with torch.device("meta"):
+        method.attach(models, seed=0)
+    needed = states_gib(
+        models,
+        weights_dtype=method.weights_dtype,
+        trained_dtype=method.trained_dtype,
+        optimizer=config.optimizer.name,
+    )
+    strategy = pick_strategy(needed, device_gib())
+    if (
+        "transformer_2" in models
+        or config.memory.base_weights
+        or not can_be_shared(config.optimizer, weights_dtype(config))
+    ):
+        strategy = "ddp"  # The only one that has them.
+    logger.info(
+        "parallel.strategy auto is %s: weights, gradients and optimizer state are %.3g GiB, the device has %.3g GiB",
+        strategy,
+        needed,
+        device_gib(),
+    )
+    return config.parallel.model_copy(update={"strategy": strategy})
+
+
+def check_options(family: Family, config: RunConfig, engine: Engine) -> None:
+    """Refuse what these processes cannot do."""
+    check_weights(config)
+    check_optimizer(
+        config.optimizer,
+        config.training,
+        weights_dtype=weights_dtype(config),
+        shares=engine.shares,
+        num_processes=engine.world_size,
+    )
+    checkpointing = config.training.gradient_checkpointing
+    check_streaming(build_method(family, config), engine, config.memory, checkpointing=checkpointing)
+
+
+def weights_dtype(config: RunConfig) -> str | None:
+    """The value of `method.weights_dtype`, where the method has it."""
+    return getattr(config.method, "weights_dtype", None)
