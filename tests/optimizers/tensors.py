@@ -22,7 +22,7 @@ def make_tensors(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dic
 
 
 def make_optimizer(name: str, tensors: dict[str, nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-    return build_optimizer(tensors, optimizer_options(name, weight_decay=0.01, **options), seed=3)
+    return build_optimizer(tensors, optimizer_options(name, **({"weight_decay": 0.01} | options)), seed=3)
 
 
 def take_steps(optimizer: torch.optim.Optimizer, tensors: dict[str, nn.Parameter], steps: Iterable[int]) -> None:
