@@ -112,8 +112,15 @@ def test_the_whole_encoder_is_never_on_the_device(folders, tmp_path, format, mon
     encoder = encoder_of("ltx-0.9.5", folders["ltx-0.9.5"], tmp_path, format, torch.bfloat16)
     load = encoder.family.load_text_encoders
     devices = []
+
+    def watched(device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+        devices.append(device.type)
+        return load(device, dtype)
+
     monkeypatch.setattr(
-        encoder.family, "load_text_encoders", lambda device, dtype: (devices.append(device.type), load(device, dtype))[1]
+        encoder.family,
+        "load_text_encoders",
+        watched,
     )
     loaded = encoder._load_text_encoders(num_loaders=1)
     assert devices == ["cpu"]

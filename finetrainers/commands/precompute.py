@@ -165,7 +165,8 @@ def check_weights(config: RunConfig) -> None:
         )
     if memory.text_encoder_weights and getattr(config.method, "text_encoder", "frozen") == "lora":
         raise UserError(
-            f"{text} is for encoding captions once, and method.text_encoder lora embeds them in every step: leave one out"
+            f"{text} is for captions that are encoded once, and method.text_encoder lora embeds them in every step: "
+            "leave one of them out"
         )
     check_format("memory.base_weights", memory.base_weights)
     check_format("memory.text_encoder_weights", memory.text_encoder_weights)

@@ -14,6 +14,7 @@ from finetrainers.engines.context import split_tokens
 from finetrainers.hashing import digest, seed_for
 from finetrainers.memory import quantized
 from finetrainers.methods.base import Method
+from finetrainers.training.kept import read_kept, write_kept
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,8 @@ def load_models(
     num_all = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
     # The others get from the main process what it makes of weights.
     at_work = engine.device if engine.is_main else torch.device("meta")
-    kept_in = kept_in if options.keep_quantized and engine.is_main else None
-    save_memory(method, models, options=options, checkpointing=checkpointing, device=at_work, kept_in=kept_in)
+    kept = kept_in if options.keep_quantized and engine.is_main else None
+    save_memory(method, models, options=options, checkpointing=checkpointing, device=at_work, kept_in=kept)
     transformers = [model for name, model in models.items() if name.startswith("transformer")]
     if engine.context_size > 1:
         split_tokens(transformers, method.family.context_plan(), device=engine.device, size=engine.context_size)
@@ -72,8 +73,11 @@ def _quantize(
     """Hold the frozen weights of a transformer's blocks in low precision; with a folder, keep them there."""
     family = method.family
     layers = quantized.quantizable(model, family.blocks(name, model), family.precise_layers)
-    kept = None
+    kept, known = None, None
     if kept_in is not None:
         made_by = [quantized.VERSION, format, str(method.weights_dtype), device.type]
         kept = kept_in / f"{digest([family.fingerprint('transformer'), name, made_by, layers])}.safetensors"
-    quantized.quantize_layers(model, layers, format, device=device, kept=kept)
+        known = read_kept(kept, model, layers, format)
+    held = quantized.quantize_layers(model, layers, format, device=device, known=known)
+    if kept is not None and known is None:
+        write_kept(kept, held)

@@ -59,7 +59,7 @@ BAD_FILES = {
         MINIMAL + "method: {name: full, rank: 4}",
         ["unknown key `method.rank`", "an option of method lora"],
     ),
-    "key like no other": (MINIMAL + "memory: {zzz: 1}", ["unknown key `memory.zzz`", "allowed there: vae_tiling"]),
+    "key like no other": (MINIMAL + "memory: {zzz: 1}", ["unknown key `memory.zzz`", "allowed there: budget"]),
     "misspelt method": (MINIMAL + "method: {name: lor}", ["`method.name` is 'lor'", "lora, full", "mean `lora`?"]),
     "method by name alone": (MINIMAL + "method: full", ["`method` is 'full'", "must hold keys"]),
     "misspelt choice": (MINIMAL + "optimizer: {name: adam}", ["`optimizer.name` is 'adam'", "'adamw' or 'adamw_8bit'"]),
@@ -312,11 +312,11 @@ CHANGES_NUMBERS = {
     "optimizer.weight_decay": 1, "optimizer.lr_scheduler": "cosine", "optimizer.lr_warmup_steps": 5,
     "training.batch_size": 2, "training.gradient_accumulation_steps": 2, "training.seed": 1,
     "training.precision": "fp32", "training.max_grad_norm": 2,
-    "memory.vae_tiling": True,
+    "memory.vae_tiling": True, "memory.base_weights": "fp8", "memory.text_encoder_weights": "nf4",
 }  # fmt: skip
 CHANGES_NONE = {
     "output": "runs/y", "data.num_workers": 0, "data.strict": True, "data.cache": "cache", "training.steps": 5,
-    "training.gradient_checkpointing": False, "parallel.strategy": "ddp",
+    "training.gradient_checkpointing": False, "memory.keep_quantized": True, "parallel.strategy": "ddp",
     "parallel.context_parallel_size": 2, "parallel.shard_size": 2, "parallel.zero_stage": 3,
     "parallel.offload": "optimizer", "parallel.deepspeed_config": "ds.json",
     "validation.every": 5, "validation.prompts": "x", "validation.num_videos": 0, "validation.negative_prompt": "x",

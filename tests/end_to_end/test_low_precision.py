@@ -69,7 +69,7 @@ def test_a_run_cut_in_two_is_the_same_run(trained):
     halves = trained.train("halves")
     assert exact_rows(halves) == exact_rows(whole) and same_tensors(halves, whole)
     said = (trained.root / "halves.log").read_text()
-    assert "linear layers are held in" in said and "read from" in said
+    assert "linear layers are held in" in said and "are read from" in said
 
 
 def test_keeping_changes_no_number_and_losses_are_near_the_plain_ones(trained):

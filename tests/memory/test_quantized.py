@@ -62,7 +62,7 @@ def test_each_weight_is_within_half_a_step_of_its_format(format, size, dtype, de
 
 
 RMS = {"fp8": (2**-4 / math.sqrt(12), 2**-3 / math.sqrt(12)), "int8": (0.004, 0.015), "nf4": (0.08, 0.13)}
-"""Relative errors of a layer that can be: of fp8 between those of a weight at the end and at the beginning of a power of
+"""Relative errors that a layer can have: of fp8 between those of weights at the end and at the beginning of a power of
 two; of int8 a step of 1/127 of what is largest among 128, three to five sigma, or more where some lie far out."""
 
 
@@ -257,7 +257,7 @@ def test_a_text_encoder_that_learns_stays_as_it_is(folders):
 
 def test_a_missing_package_is_said_at_once(monkeypatch):
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="memory.base_weights nf4 needs bitsandbytes: pip install"):
+    with pytest.raises(UserError, match=r"memory\.base_weights nf4 needs bitsandbytes: pip install"):
         quantized.check_format("memory.base_weights", "nf4")
     for format in ("fp8", "int8", None):
         quantized.check_format("memory.base_weights", format)

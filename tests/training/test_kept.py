@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetrainers.memory import kept, quantized
+from finetrainers.memory import quantized
+from finetrainers.training import kept
 from tests.memory.low_precision import FORMATS, ROWS, load, lora_method, quantized_layers
 
 LTX = "ltx-0.9.5-i2v"
@@ -73,9 +74,7 @@ DAMAGE = {
     "empty": lambda file: file.write_bytes(b""),
     "noise": lambda file: file.write_bytes(bytes(range(256)) * 40),
     "a layer is missing": lambda file: save_file(dict(list(load_file(file).items())[2:]), file),
-    "another size": lambda file: save_file(
-        {key: tensor[:1].clone() for key, tensor in load_file(file).items()}, file
-    ),
+    "another size": lambda file: save_file({key: tensor[:1].clone() for key, tensor in load_file(file).items()}, file),
     "another type": lambda file: save_file({key: tensor.float() for key, tensor in load_file(file).items()}, file),
 }
 
