@@ -101,7 +101,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     os.close(descriptor)
     try:
         yield Path(temporary)
-        with open(temporary, "rb") as file:
+        with Path(temporary).open("rb") as file:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(path)

@@ -112,7 +112,9 @@ def usable_gib(budget: str) -> float:
 
 def given_options(config: RunConfig) -> frozenset[str]:
     """The options that the user set, as `section.key`; a config that a run wrote down sets them all."""
-    return frozenset(f"{section}.{name}" for section, value in config for name in getattr(value, "model_fields_set", ()))
+    return frozenset(
+        f"{section}.{name}" for section, value in config for name in getattr(value, "model_fields_set", ())
+    )
 
 
 def fit(
@@ -145,9 +147,7 @@ def fit(
     return fitted, MemoryPlan(forecaster.phases(fitted), limit, _explain(config, fitted, needed_measures, forecaster))
 
 
-def _explain(
-    config: RunConfig, fitted: RunConfig, measures: Sequence[Measure], forecaster: Forecaster
-) -> list[Chosen]:
+def _explain(config: RunConfig, fitted: RunConfig, measures: Sequence[Measure], forecaster: Forecaster) -> list[Chosen]:
     """What each measure did, one after another."""
     chosen = []
     for measure in measures:
@@ -173,9 +173,7 @@ def _take(config: RunConfig, measure: Measure) -> RunConfig:
     return set_option(config, measure.option, measure.value)
 
 
-def _left_to_choose(
-    config: RunConfig, given: Collection[str], check: Callable[[RunConfig], None]
-) -> list[Measure]:
+def _left_to_choose(config: RunConfig, given: Collection[str], check: Callable[[RunConfig], None]) -> list[Measure]:
     """The measures that this run can take, each beside those before it."""
     left = []
     for measure in MEASURES:
@@ -191,9 +189,7 @@ def _left_to_choose(
     return left
 
 
-def _needed(
-    config: RunConfig, measures: Sequence[Measure], fits: Callable[[RunConfig], bool]
-) -> list[Measure]:
+def _needed(config: RunConfig, measures: Sequence[Measure], fits: Callable[[RunConfig], bool]) -> list[Measure]:
     """Of measures that fit together those without which they would not, the costliest spared first."""
     # Of one option the last value counts.
     needed = list({each.option: each for each in measures}.values())

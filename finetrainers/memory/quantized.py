@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finetrainers.errors import UserError
-from finetrainers.memory.kept import read_kept, write_kept
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +24,19 @@ _INT8_BLOCK, _NF4_BLOCK = 128, 64
 _SMALLEST = 1e-30
 """A scale is never 0, for blocks of zeros."""
 
+Codes = tuple[Tensor, Tensor]
+"""Codes (int8) and scales (bf16) of one weight."""
+
 
 def check_format(option: str, format: str | None) -> None:
     """Raise UserError, before anything slow, where the package that a format needs is not installed."""
     if format == "nf4" and find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"{option} nf4 needs bitsandbytes: pip install 'finetrainers[bitsandbytes]', or take fp8 or int8"
-        )
+        raise UserError(f"{option} nf4 needs bitsandbytes: pip install 'finetrainers[bitsandbytes]'")
 
 
 def quantized_bytes(format: str, out_features: int, in_features: int) -> int:
     """Bytes of codes and scales of a linear layer's weight; its bias stays as it is."""
-    codes, scale = _shapes(format, out_features, in_features)
+    codes, scale = quantized_shapes(format, out_features, in_features)
     return math.prod(codes) + math.prod(scale) * torch.bfloat16.itemsize
 
 
@@ -108,44 +107,34 @@ def quantizable(model: nn.Module, blocks: Iterable[nn.Module], precise: str) -> 
 
 
 def quantize_layers(
-    model: nn.Module, names: Sequence[str], format: str, *, device: torch.device, kept: Path | None = None
-) -> None:
+    model: nn.Module,
+    names: Sequence[str],
+    format: str,
+    *,
+    device: torch.device,
+    known: Mapping[str, Codes] | None = None,
+) -> dict[str, Codes]:
     """Put a QuantizedLinear in the place of each of these linear layers, one after the other. Codes are computed on
-    the device and come back to where the weight lay, which is let go.
-
-    With a file, codes are read from it, or written to it if it does not hold these layers.
-    """
+    the device, or taken from those that are known, and come to where the weight lay, which is let go. Returns them."""
     linears: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     before = sum(linear.weight.nbytes for linear in linears.values())
-    shapes = {name: _shapes(format, linear.out_features, linear.in_features) for name, linear in linears.items()}
-    found = None if kept is None else read_kept(kept, shapes)
-    held: dict[str, tuple[Tensor, Tensor]] = {}
+    held: dict[str, Codes] = {}
     for name in names:
         linear = linears.pop(name)
-        if found is None:
-            codes, scale = quantize(linear.weight.detach().to(device), format)
-            held[name] = codes.to(linear.weight.device), scale.to(linear.weight.device)
-        else:
-            held[name] = found[name]
+        codes, scale = quantize(linear.weight.detach().to(device), format) if known is None else known[name]
+        held[name] = codes.to(linear.weight.device), scale.to(linear.weight.device)
         size = (linear.out_features, linear.in_features)
         layer = QuantizedLinear(format, size, codes=held[name][0], scale=held[name][1], bias=linear.bias)
         model.set_submodule(name, layer.train(linear.training))
-    if kept is not None and found is None:
-        write_kept(kept, held)
     after = sum(tensor.nbytes for pair in held.values() for tensor in pair)
-    logger.info(
-        "the weights of %d linear layers are held in %s: %.3g GiB instead of %.3g%s",
-        len(held),
-        format,
-        after / 2**30,
-        before / 2**30,
-        "" if found is None else f", read from {kept}",
-    )
+    summary = "the weights of %d linear layers are held in %s: %.3g GiB instead of %.3g"
+    logger.info(summary, len(held), format, after / 2**30, before / 2**30)
+    return held
 
 
-def quantize(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, format: str) -> Codes:
     """Codes (int8) and scales (bf16) of a weight [out, in], on its device."""
-    (_, columns), scale_shape = _shapes(format, *weight.shape)
+    (_, columns), scale_shape = quantized_shapes(format, *weight.shape)
     if format == "nf4":
         return _quantize_nf4(weight)
     block = columns // scale_shape[1]
@@ -174,7 +163,7 @@ def dequantize(codes: Tensor, scale: Tensor, format: str, size: tuple[int, int],
     return _dequantize_nf4(codes, scale, size, dtype)
 
 
-def _shapes(format: str, out_features: int, in_features: int) -> tuple[tuple[int, int], tuple[int, ...]]:
+def quantized_shapes(format: str, out_features: int, in_features: int) -> tuple[tuple[int, int], tuple[int, ...]]:
     """Shapes of codes and of scales."""
     if format == "fp8":
         return (out_features, in_features), (out_features, 1)
@@ -185,7 +174,7 @@ def _shapes(format: str, out_features: int, in_features: int) -> tuple[tuple[int
     return (num_blocks, _NF4_BLOCK // 2), (num_blocks,)
 
 
-def _quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_nf4(weight: Tensor) -> Codes:
     from bitsandbytes.functional import quantize_4bit
 
     flat = weight.flatten()

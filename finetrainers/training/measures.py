@@ -16,6 +16,7 @@ from finetrainers.memory import quantized
 from finetrainers.memory.checkpointing import set_activations
 from finetrainers.memory.offload import ActivationOffloader, HostMemory
 from finetrainers.methods.base import Method
+from finetrainers.training.kept import read_kept, write_kept
 
 
 def lower_precision(
@@ -32,11 +33,14 @@ def lower_precision(
         if format is not None and name.startswith("transformer"):
             family = method.family
             layers = quantized.quantizable(model, family.blocks(name, model), family.precise_layers)
-            kept = None
+            kept, known = None, None
             if kept_in is not None:
                 made_by = [quantized.VERSION, format, str(method.weights_dtype), device.type]
                 kept = kept_in / f"{digest([family.fingerprint('transformer'), name, made_by, layers])}.safetensors"
-            quantized.quantize_layers(model, layers, format, device=device, kept=kept)
+                known = read_kept(kept, model, layers, format)
+            held = quantized.quantize_layers(model, layers, format, device=device, known=known)
+            if kept is not None and known is None:
+                write_kept(kept, held)
 
 
 def save_activations(

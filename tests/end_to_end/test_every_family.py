@@ -27,7 +27,7 @@ class Trained:
     """Runs on one row's model, each made when it is first asked for."""
 
     def __init__(self, name: str, root: Path) -> None:
-        self.row, self.root = TINY[name], root
+        self.name, self.row, self.root = name, TINY[name], root
         self.model = self.row.write(root / "model")
         self.clips = [self._clips(size) for size in (self.row.bucket, self.row.other_bucket)]
 

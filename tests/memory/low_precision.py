@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from finetrainers.config.schema import LoraOptions, MemoryConfig, ObjectiveConfig
+from finetrainers.data.batch import map_tensors
 from finetrainers.engines.single import SingleEngine
 from finetrainers.families.base import Family
 from finetrainers.hashing import generator_for
@@ -80,16 +81,33 @@ def quantized_layers(models: dict[str, torch.nn.Module]) -> dict[str, QuantizedL
     }
 
 
+def moved(batch: Batch, models: dict[str, torch.nn.Module]) -> Batch:
+    """The batch where the models are."""
+    device = next(models["transformer"].parameters()).device
+    return map_tensors(batch, lambda tensor: tensor.to(device))
+
+
 def steps(method: Method, name: str, folder: Path, num_steps: int, **memory: Any) -> SimpleNamespace:
-    """Losses, gradient norms and adapters of a short run over as many batches."""
+    """Losses and gradient norms of a short run over as many batches."""
     models, trained = load(method, **memory)
     optimizer = torch.optim.AdamW(list(trained.values()), lr=1e-3)
     losses, norms = [], []
+    answer = answer_share(method, models, moved(batch_of(name, folder), models))
     for step in range(num_steps):
-        loss = method.loss(models, batch_of(name, folder, step)).sum()
+        loss = method.loss(models, moved(batch_of(name, folder, step), models)).sum()
         loss.backward()
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None]).item())
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-    return SimpleNamespace(losses=losses, norms=norms, trained=trained, models=models)
+    return SimpleNamespace(losses=losses, norms=norms, trained=trained, models=models, answer=answer)
+
+
+def answer_share(method: Method, models: dict[str, torch.nn.Module], batch: Batch) -> float:
+    """The length of a model's answer beside that of its error."""
+    noised = method.objective.noise(batch.latents_BCFHW, batch.noise_BCFHW, batch.level_B)
+    with torch.no_grad():
+        answer = method.family.predict(
+            models, noised.input_BCFHW, noised.timestep_B, text=batch.text, given=batch.given, fps=batch.fps
+        )
+    return (answer.norm() / (answer - noised.target_BCFHW).norm()).item()
