@@ -160,7 +160,8 @@ class Engine(ABC):
             if tensor.requires_grad or not trained_only:
                 whole = self._whole(tensor)
                 if self.is_main:
-                    found[name] = whole.detach().to("cpu", dtype).contiguous()
+                    # Of streamed blocks they are views of one buffer, which a file of safetensors does not take.
+                    found[name] = whole.detach().to("cpu", dtype, copy=is_parked(tensor)).contiguous()
         return found
 
     def _whole(self, tensor: Tensor) -> Tensor:
