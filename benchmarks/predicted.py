@@ -16,8 +16,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetrainers.commands.plan import step_work  # noqa: E402
 from finetrainers.commands.completing import build_method, complete  # noqa: E402
+from finetrainers.commands.plan import step_work  # noqa: E402
 from finetrainers.config.load import build_config  # noqa: E402
 from finetrainers.planning import BucketPlan, count_flop  # noqa: E402
 from finetrainers.scaling import Cluster, Work, predict  # noqa: E402

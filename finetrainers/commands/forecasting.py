@@ -8,7 +8,15 @@ from finetrainers.commands.completing import build_method
 from finetrainers.config.load import resolved_buckets, resolved_conditions
 from finetrainers.config.schema import RunConfig
 from finetrainers.families.base import Family
-from finetrainers.training.forecast import Phase, Step, Work, encoding_phases, simulate_step, training_phases
+from finetrainers.training.forecast import (
+    Phase,
+    Step,
+    Work,
+    encoding_phases,
+    simulate_step,
+    simulate_validation,
+    training_phases,
+)
 from finetrainers.types import Bucket, Condition
 
 GIB = 2**30
@@ -23,6 +31,7 @@ class Forecaster:
         self._condition = max(resolved_conditions(config), key=lambda entry: entry[1])[0]
         self._steps: dict[str, Step] = {}
         self._encodings: dict[str, list[Phase]] = {}
+        self._validations: dict[str, int | None] = {}
 
     def peak_gib(self, config: RunConfig) -> float:
         """The most that any phase holds."""
@@ -36,7 +45,11 @@ class Forecaster:
     def phases(self, config: RunConfig) -> list[Phase]:
         """Each phase of the run."""
         training = training_phases(
-            self._step(config), memory=config.memory, optimizer=config.optimizer, shards=num_shards(config)
+            self._step(config),
+            self._validation(config),
+            memory=config.memory,
+            optimizer=config.optimizer,
+            shards=num_shards(config),
         )
         return [*self._encoding(config), *training]
 
@@ -48,15 +61,21 @@ class Forecaster:
         return self._encodings[key]
 
     def _step(self, config: RunConfig) -> Step:
-        memory, checkpointing = config.memory, config.training.gradient_checkpointing
+        memory, checkpointing = config.memory, str(config.training.gradient_checkpointing)
         release = config.optimizer.in_backward
-        computed = (checkpointing, memory.offload_activations, memory.base_weights, memory.vae_tiling, release)
+        computed = (checkpointing, memory.offload_activations, memory.base_weights, release)
         key = str((config.method, *computed))
         if key not in self._steps:
             self._steps[key] = simulate_step(
                 self._work(config), checkpointing=checkpointing, memory=memory, release=release
             )
         return self._steps[key]
+
+    def _validation(self, config: RunConfig) -> int | None:
+        key = str((config.method, config.memory.base_weights, config.memory.vae_tiling))
+        if key not in self._validations:
+            self._validations[key] = simulate_validation(self._work(config), memory=config.memory)
+        return self._validations[key]
 
     def _work(self, config: RunConfig) -> Work:
         ours, options = self._family, config.validation

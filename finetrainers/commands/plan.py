@@ -33,7 +33,7 @@ def plan(config: RunConfig, *, json: bool, nodes: int | None, gpus_per_node: int
         models = method.build()
         method.attach(models, seed=0)
     parameters = count_parameters(models)
-    save_activations(method, models, checkpointing=config.training.gradient_checkpointing, offload=False)
+    save_activations(method, models, checkpointing=str(config.training.gradient_checkpointing), offload=False)
     condition = max(resolved_conditions(config), key=lambda entry: entry[1])[0]
     made = plan_run(
         family,

@@ -7,11 +7,9 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from finetrainers.commands.completing import DTYPES, build_method
 from finetrainers.commands.opening import open_run
-from finetrainers.config.load import fill_defaults, resolved_buckets, resolved_conditions
+from finetrainers.config.load import resolved_buckets, resolved_conditions
 from finetrainers.config.schema import RunConfig
 from finetrainers.data.cache import Cache
 from finetrainers.data.dataset import Dataset, cache_folder, name_problems, open_dataset
@@ -19,20 +17,14 @@ from finetrainers.data.index import FileIndex
 from finetrainers.data.scan import Item, scan
 from finetrainers.encoding import EncodedDataset, Encoder, Prompt, encode_dataset
 from finetrainers.engines.base import Engine
-from finetrainers.engines.build import build_engine
 from finetrainers.errors import UserError
 from finetrainers.families.base import IMAGE_TO_VIDEO, Family
-from finetrainers.families.find import all_families, find_family
 from finetrainers.folder import RunFolder, write_atomically
-from finetrainers.memory.quantized import check_format
 from finetrainers.memory.report import MemoryReport
 from finetrainers.methods.base import Method
-from finetrainers.methods.find import find_method
-from finetrainers.objectives import build_objective
-from finetrainers.optimizers.kinds import defaults as optimizer_defaults
 from finetrainers.training.progress import phase_progress
 from finetrainers.training.signals import StopSignals
-from finetrainers.types import Bucket, Condition, Record
+from finetrainers.types import Bucket, Record
 
 logger = logging.getLogger(__name__)
 

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from finetrainers.commands.completing import DTYPES
 from finetrainers.commands.opening import open_run
 from finetrainers.commands.precompute import Prepared, encode
 from finetrainers.config.load import dump_config, identity, resolved_buckets, resolved_conditions
-from finetrainers.config.schema import ParallelConfig, RunConfig
+from finetrainers.config.schema import RunConfig
 from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata
 from finetrainers.encoding import Prompt
-from finetrainers.engines.base import Engine
-from finetrainers.engines.build import build_engine, pick_strategy
 from finetrainers.families.base import SamplingOptions
 from finetrainers.folder import RunFolder, write_atomically
 from finetrainers.hashing import digest, seed_for
-from finetrainers.memory.report import device_gib
-from finetrainers.optimizers.build import build_optimizer, can_be_shared, check_optimizer
-from finetrainers.planning import states_gib
+from finetrainers.optimizers.build import build_optimizer
 from finetrainers.reporting.report import write_report
 from finetrainers.training.callback import Callback
 from finetrainers.training.checkpoint import Checkpointer
@@ -36,7 +29,6 @@ from finetrainers.training.random_state import seed_random_state
 from finetrainers.training.saving import WeightsSaver
 from finetrainers.training.schedule import build_schedule
 from finetrainers.training.signals import StopSignals
-from finetrainers.training.streaming import check_streaming
 from finetrainers.training.tracking import Trackers, build_trackers, check_trackers
 from finetrainers.training.trainer import Trainer
 from finetrainers.training.validation import HeldOutLoss, SampleVideos, Scene, Validation

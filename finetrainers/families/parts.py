@@ -24,13 +24,13 @@ def build_network(class_name: str, folder: Path, part: str) -> torch.nn.Module:
 
 
 def load_network(
-    class_name: str, folder: Path, part: str, dtype: torch.dtype, *, device: torch.device = torch.device("cpu")
+    class_name: str, folder: Path, part: str, dtype: torch.dtype, *, device: torch.device | None = None
 ) -> Any:
     """A diffusers network with its weights, on the CPU; for the meta device without them, in the types in which they
     are loaded."""
     import diffusers
 
-    if device.type == "meta":
+    if device is not None and device.type == "meta":
         with device:
             network = build_network(class_name, folder, part)
         return cast_as_loaded(network, dtype, kept=getattr(network, "_keep_in_fp32_modules", None) or ())

@@ -1,11 +1,12 @@
-"""What a run will hold in memory, phase by phase, worked out without its weights: the run's own programs on tensors that
-have shapes and types but no memory."""
+"""What a run will hold in memory, phase by phase, worked out without its weights: the run's own programs on tensors
+that have shapes and types but no memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from finetrainers.encoding import TEXTS_AT_ONCE
 from finetrainers.families.base import Family
 from finetrainers.memory.layout import footprint, spread
-from finetrainers.memory.simulation import HOST, SIMULATED, LiveBytes, Peak, peak_bytes, simulation
+from finetrainers.memory.simulation import HOST, SIMULATED, LiveBytes, Peak, simulation
 from finetrainers.methods.base import Method
 from finetrainers.optimizers.size import state_bytes
 from finetrainers.training.measures import lower_precision, save_activations
-from finetrainers.training.simulated import blank_batch, simulated_models
+from finetrainers.training.simulated import blank_batch, meta_models, simulated_models
+from finetrainers.training.timeline import Segment, Stretch, Timeline, stretched
 from finetrainers.types import Batch, Bucket, Condition
 
 
@@ -79,30 +81,52 @@ def _text_phase(family: Family, dtype: torch.dtype, memory: Any) -> Phase:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step and a validation hold, with the measures that change what they compute; what only moves weights and
-    states elsewhere is reckoned from it."""
+    """What a step holds, with the measures that change what it computes; what only moves weights and states elsewhere
+    is reckoned from it."""
 
     models: Mapping[str, nn.Module]
-    """Simulated."""
+    """On the meta device."""
     method: Method
     height: Peak
-    validation: int | None
-    """The most beyond what training holds; None where nothing is validated."""
 
 
 def simulate_step(work: Work, *, checkpointing: str, memory: Any, release: bool) -> Step:
-    """Run a step and a validation on simulated tensors; `memory` is that section of the config, and with `release` each
-    gradient is let go as soon as it is there."""
-    decoder = None if work.sampled is None else _decoder(work.method.family, work.sampled, work.method.dtype)
-    with simulated_models(work.method) as (method, models):
+    """Run a step on simulated tensors, of as few blocks as tell what all of them hold; `memory` is that section of the
+    config, and with `release` each gradient is let go as soon as it is there."""
+    method, models = meta_models(work.method)
+    lower_precision(method, models, memory.base_weights, device=torch.device("meta"))
+    transformer = next(model for name, model in models.items() if name.startswith("transformer"))
+    period = int(checkpointing.partition("-")[2] or 1)
+    lists = {name: Stretch(len(getattr(transformer, name)), period) for name in method.family.block_lists}
+    run = partial(_segments, work, checkpointing=checkpointing, memory=memory, release=release)
+    height = stretched(run({name: each.kept for name, each in lists.items()}), lists)
+    # Where blocks differ from each other, all of them are run.
+    height = height or stretched(run({}), {})
+    assert height is not None
+    return Step(models, method, height)
+
+
+def _segments(
+    work: Work, most_blocks: Mapping[str, int], *, checkpointing: str, memory: Any, release: bool
+) -> list[Segment]:
+    """A step with only so many blocks of each list."""
+    with simulated_models(work.method, most_blocks=most_blocks) as (method, models):
         lower_precision(method, models, memory.base_weights, device=SIMULATED)
         save_activations(method, models, checkpointing=checkpointing, offload=memory.offload_activations, host=HOST)
-        batch = blank_batch(method.family, work.bucket, work.condition, batch_size=work.batch_size)
-        height = _height_of_step(method, models, batch, release=release)
-        return Step(models, method, height, _height_of_validation(method, models, work, decoder))
+        for parameter in method.trained(models).values() if release else ():
+            parameter.register_post_accumulate_grad_hook(_drop)
+        batch = blank_batch(method, work.bucket, work.condition, batch_size=work.batch_size)
+        return _watched(method, models, batch)
 
 
-def training_phases(step: Step, *, memory: Any, optimizer: Any, shards: int = 1) -> list[Phase]:
+def _watched(method: Method, models: Mapping[str, nn.Module], batch: Batch) -> list[Segment]:
+    transformers = [model for name, model in models.items() if name.startswith("transformer")]
+    timeline = Timeline([(name, getattr(model, name)) for model in transformers for name in method.family.block_lists])
+    timeline.watch(lambda: method.loss(models, batch))
+    return timeline.segments
+
+
+def training_phases(step: Step, validation: int | None, *, memory: Any, optimizer: Any, shards: int = 1) -> list[Phase]:
     """A step, a validation where there is one, and a checkpoint; `memory` and `optimizer` are those sections of the
     config. Each of `shards` processes holds its part of weights, gradients and optimizer state."""
     held, trained = _held(step, memory), list(step.method.trained(step.models).values())
@@ -119,8 +143,8 @@ def training_phases(step: Step, *, memory: Any, optimizer: Any, shards: int = 1)
     activations = max(height - gradients, step.height.after_forward)
     host = held.host + state.host
     phases = [Phase("train", weights, gradients, kept, activations, weights + kept + height, host)]
-    if step.validation is not None:
-        phases.append(_phase("validate", weights, step.validation, optimizer=kept, host=host))
+    if validation is not None:
+        phases.append(_phase("validate", weights, validation, optimizer=kept, host=host))
     return [*phases, _phase("save", weights, 0, optimizer=kept, host=host)]
 
 
@@ -148,17 +172,6 @@ def _phase(name: str, weights: int, height: int, *, optimizer: int = 0, host: in
     return Phase(name, weights, 0, optimizer, height, weights + optimizer + height, host)
 
 
-def _height_of_step(method: Method, models: Mapping[str, nn.Module], batch: Batch, *, release: bool) -> Peak:
-    """A forward and a backward pass; with `release` each gradient is let go as soon as it is there."""
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(_drop) for parameter in method.trained(models).values() if release
-    ]
-    peak = peak_bytes(lambda: method.loss(models, batch))
-    for hook in hooks:
-        hook.remove()
-    return peak
-
-
 def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
@@ -180,22 +193,23 @@ def _decoder(family: Family, bucket: Bucket, dtype: torch.dtype) -> _Decoder:
         return _Decoder(_bytes_of(_networks(encoders)), _peak_without_gradient(lambda: vae.decode(latents, *timestep)))
 
 
-def _height_of_validation(
-    method: Method, models: Mapping[str, nn.Module], work: Work, decoder: _Decoder | None
-) -> int | None:
-    """The most beyond what training holds: a pass for the held-out loss, or sampling, whose transformer and decoder work
-    one after the other; None where there is neither."""
+def simulate_validation(work: Work, *, memory: Any) -> int | None:
+    """The most that a validation holds beyond what training does: a pass for the held-out loss, or sampling, whose
+    transformer and decoder work one after the other; None where there is neither."""
+    decoder = None if work.sampled is None else _decoder(work.method.family, work.sampled, work.method.dtype)
     heights = []
-    for model in models.values():
-        model.eval()
-    if work.validates:
-        batch = blank_batch(method.family, work.bucket, work.condition)
-        heights.append(_peak_without_gradient(lambda: method.loss(models, batch)))
-    if decoder is not None and work.sampled is not None:
-        # With and without the prompt, for guidance.
-        both = blank_batch(method.family, work.sampled, work.condition, batch_size=2)
-        passing = _peak_without_gradient(lambda: method.loss(models, both))
-        heights.append(decoder.weights + max(passing, decoder.activations))
+    with simulated_models(work.method) as (method, models):
+        lower_precision(method, models, memory.base_weights, device=SIMULATED)
+        for model in models.values():
+            model.eval()
+        if work.validates:
+            batch = blank_batch(method, work.bucket, work.condition)
+            heights.append(_peak_without_gradient(lambda: method.loss(models, batch)))
+        if decoder is not None and work.sampled is not None:
+            # With and without the prompt, for guidance.
+            both = blank_batch(method, work.sampled, work.condition, batch_size=2)
+            passing = _peak_without_gradient(lambda: method.loss(models, both))
+            heights.append(decoder.weights + max(passing, decoder.activations))
     return max(heights, default=None)
 
 

@@ -31,8 +31,8 @@ def load_models(
     num_all = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
     # The others get from the main process what it makes of weights.
     at_work = engine.device if engine.is_main else torch.device("meta")
-    kept_in = kept_in if options.keep_quantized and engine.is_main else None
-    lower_precision(method, models, options.base_weights, device=at_work, kept_in=kept_in)
+    kept = kept_in if options.keep_quantized and engine.is_main else None
+    lower_precision(method, models, options.base_weights, device=at_work, kept_in=kept)
     save_activations(method, models, checkpointing=checkpointing, offload=options.offload_activations)
     transformers = [model for name, model in models.items() if name.startswith("transformer")]
     if engine.context_size > 1:

@@ -17,9 +17,27 @@ from finetrainers.types import Batch, Bucket, Condition
 
 
 @contextmanager
-def simulated_models(method: Method) -> Iterator[tuple[Method, dict[str, nn.Module]]]:
+def simulated_models(
+    method: Method, *, most_blocks: Mapping[str, int] | None = None
+) -> Iterator[tuple[Method, dict[str, nn.Module]]]:
     """In the block, models without memory to which a method is attached, in the types in which they are loaded, and a
-    method like the given one for them. Measures that save memory are still to be put in."""
+    method like the given one for them. Measures that save memory are still to be put in. Of the family's lists of
+    blocks named in `most_blocks` only so many are there.
+    """
+    ours, models = meta_models(method)
+    for name, model in models.items():
+        for blocks, most in (most_blocks or {}).items():
+            if name.startswith("transformer"):
+                setattr(model, blocks, getattr(model, blocks)[:most])
+    with simulation():
+        for model in models.values():
+            model.to_empty(device=SIMULATED)
+            model.train()
+        yield ours, models
+
+
+def meta_models(method: Method) -> tuple[Method, dict[str, nn.Module]]:
+    """The same on the meta device."""
     family = method.family
     ours = copy(method)
     # One of its own: what a family remembers of a step would be simulated too.
@@ -31,22 +49,23 @@ def simulated_models(method: Method) -> Iterator[tuple[Method, dict[str, nn.Modu
         cast_as_loaded(model, ours.weights_dtype if is_transformer else ours.dtype, kept=kept)
     with torch.device("meta"):
         ours.attach(models, seed=0)
-    with simulation():
-        for model in models.values():
-            model.to_empty(device=SIMULATED)
-            model.train()
-        yield ours, models
+    return ours, models
 
 
-def blank_batch(family: Family, bucket: Bucket, condition: Condition, *, batch_size: int = 1) -> Batch:
+def blank_batch(method: Method, bucket: Bucket, condition: Condition, *, batch_size: int = 1) -> Batch:
     """Zeros in the shapes of a batch of one size, with these frames given."""
+    family = method.family
     latents = torch.zeros(family.latent_channels, *family.latent_shape(bucket))
     given = family.given(condition, latents, family.blank_condition(bucket, condition), None)
+    text = family.blank_text()
+    if method.trains_text_encoder:
+        tokens = family.tokenize(family.load_tokenizers(), [""])
+        text = {name: tensor[0] for name, tensor in tokens.items()}
     return Batch(
         latents_BCFHW=_repeated({"": latents}, batch_size)[""],
         noise_BCFHW=_repeated({"": latents}, batch_size)[""],
         level_B=torch.full((batch_size,), 0.5),
-        text=_repeated(family.blank_text(), batch_size),
+        text=_repeated(text, batch_size),
         given=_repeated(given, batch_size),
         fps=(family.default_fps,) * batch_size,
         names=("",) * batch_size,

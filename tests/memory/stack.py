@@ -1,4 +1,4 @@
-"""A stack of blocks of two layouts, with adapters beside frozen weights of several types, as models that stream have."""
+"""A stack of blocks of two layouts, with adapters beside frozen weights of several types, as in streamed models."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def make_method(row: str, folder: Path, name: str, *, dtype: torch.dtype = torch
 
 def random_batch(method: Method, bucket: str, *, condition: str = "none", size: int = 2) -> Batch:
     """A batch of numbers that its shapes alone fix."""
-    blank = blank_batch(method.family, Bucket.parse(bucket), Condition.parse(condition), batch_size=size)
+    blank = blank_batch(method, Bucket.parse(bucket), Condition.parse(condition), batch_size=size)
 
     def drawn(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point() or "mask" in name:

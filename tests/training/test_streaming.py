@@ -13,7 +13,6 @@ from finetrainers.cli import main
 from finetrainers.demo.clips import render_clips
 from finetrainers.types import Bucket
 from tests.end_to_end.runs import exact_rows, write_config
-from tests.engines.together import run_together
 from tests.families.deep import write_deep
 from tests.families.tiny import TINY
 
