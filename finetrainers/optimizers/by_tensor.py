@@ -68,6 +68,7 @@ class ByTensor(torch.optim.Optimizer):
         _hand_over(inner, shell, state, lr=self.param_groups[number]["lr"])
         inner.step()
         state = take_apart(inner.state.pop(shell))
+        inner.param_groups[0]["params"] = []
         if self._host is None:
             self.state[parameter] = state
         elif is_first:
@@ -75,6 +76,7 @@ class ByTensor(torch.optim.Optimizer):
         else:
             self._host.store(parameter, state)
         if shell is not parameter:
+            shell.grad = None
             step = self.param_groups[0]["rounded_steps"]
             self._generator.manual_seed(seed_for(self._seed, "rounding", step, self._names[parameter]))
             parameter.copy_(round_stochastically(shell, self._generator))
