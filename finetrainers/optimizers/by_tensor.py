@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finetrainers.hashing import seed_for
-from finetrainers.optimizers.host_states import HostStates, State
+from finetrainers.optimizers.host_states import HostStates, State, is_large
 from finetrainers.optimizers.parts import put_together, take_apart
 from finetrainers.optimizers.rounding import round_stochastically
 
@@ -68,6 +68,7 @@ class ByTensor(torch.optim.Optimizer):
         _hand_over(inner, shell, state, lr=self.param_groups[number]["lr"])
         inner.step()
         state = take_apart(inner.state.pop(shell))
+        inner.param_groups[0]["params"] = []
         if self._host is None:
             self.state[parameter] = state
         elif is_first:
@@ -75,6 +76,7 @@ class ByTensor(torch.optim.Optimizer):
         else:
             self._host.store(parameter, state)
         if shell is not parameter:
+            shell.grad = None
             step = self.param_groups[0]["rounded_steps"]
             self._generator.manual_seed(seed_for(self._seed, "rounding", step, self._names[parameter]))
             parameter.copy_(round_stochastically(shell, self._generator))
@@ -99,11 +101,14 @@ class ByTensor(torch.optim.Optimizer):
         placed: dict[int, Tensor] = {}
         for index, state in state_dict["state"].items():
             parameter = parameters[index]
-            inner = self._inner[self._part_of[parameter]]
+            inner, here = self._inner[self._part_of[parameter]], dict(state)
+            for key, value in state.items():
+                if self._host is None or not is_large(value):
+                    here[key] = _place(key, value, parameter, inner, placed)
             if self._host is not None:
-                self._host.adopt(parameter, state)
+                self._host.adopt(parameter, here)
             else:
-                self.state[parameter] = {key: _place(value, parameter, inner, placed) for key, value in state.items()}
+                self.state[parameter] = here
 
 
 class InBackward(ByTensor):
@@ -145,11 +150,14 @@ def _hand_over(inner: torch.optim.Optimizer, shell: nn.Parameter, state: State, 
     inner.state[shell] = put_together(state, shell.shape)
 
 
-def _place(value: Any, parameter: nn.Parameter, inner: Any, placed: dict[int, Tensor]) -> Any:
-    """What was loaded of a state, on the parameter's device; a tensor that several states share is shared again."""
+def _place(name: str, value: Any, parameter: nn.Parameter, inner: Any, placed: dict[int, Tensor]) -> Any:
+    """A part of a state that was loaded, where the optimizer had it; a tensor that several states share is shared
+    again."""
     if not isinstance(value, Tensor):
         return value
     if getattr(inner, "is_paged", False) and value.shape == parameter.shape:
         # Only memory that bitsandbytes gave itself can be paged.
         return inner.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
-    return placed.setdefault(id(value), value.to(parameter.device))
+    # Steps are counted on the host but where one kernel does all. A count that moved would give other last digits.
+    counts_here = name == "step" and not inner.defaults.get("fused", False)
+    return placed.setdefault(id(value), value if counts_here else value.to(parameter.device))

@@ -37,10 +37,11 @@ class HostStates:
         self._largest = 0
 
     def adopt(self, owner: Tensor, state: State) -> None:
-        """Take a whole state over, wherever it lies. Waits for the device: for first steps and resumptions."""
+        """Take a whole state over, wherever its large tensors lie. Waits for the device: for first steps and
+        resumptions."""
         kept = {}
         for name, value in state.items():
-            if _is_large(value):
+            if is_large(value):
                 kept[name] = self._slabs.take(value.nbytes).view(value.dtype).view(value.shape)
                 kept[name].copy_(value)
             else:
@@ -73,7 +74,7 @@ class HostStates:
         kept = self._states[owner]
         pairs = []
         for name, value in state.items():
-            if _is_large(value):
+            if is_large(value):
                 assert value is slot.state[name], f"{name} was replaced, not updated in place"
                 pairs.append((kept[name], value))
             else:
@@ -93,7 +94,7 @@ class HostStates:
         kept, offset, pairs = self._states[owner], 0, []
         slot.state = dict(kept)
         for name, value in kept.items():
-            if _is_large(value):
+            if is_large(value):
                 assert slot.buffer is not None
                 place = slot.buffer[offset : offset + value.nbytes].view(value.dtype).view(value.shape)
                 slot.state[name] = place
@@ -162,9 +163,10 @@ def _copy(
         return stream.record_event()
 
 
-def _is_large(value: Any) -> bool:
+def is_large(value: Any) -> bool:
+    """Whether this part of a state is worth a place on the host."""
     return isinstance(value, Tensor) and value.nbytes >= SMALLEST_MOVED
 
 
 def _room(state: State) -> int:
-    return sum(aligned(value.nbytes) for value in state.values() if _is_large(value))
+    return sum(aligned(value.nbytes) for value in state.values() if is_large(value))

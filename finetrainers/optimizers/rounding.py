@@ -17,5 +17,6 @@ def round_stochastically(tensor: Tensor, generator: torch.Generator) -> Tensor:
     # The bits of a number grow with its magnitude, so that the draw carries into the bits that stay as often as it
     # should, whatever the sign.
     drawn.add_(tensor.view(torch.int32)).bitwise_and_(-1 << _LOW_BITS)
+    rounded = drawn.view(torch.float32)
     # A NaN's bits may be the largest there are, and would turn over to zero.
-    return torch.where(tensor.isfinite(), drawn.view(torch.float32), tensor).to(torch.bfloat16)
+    return torch.where(tensor.isfinite(), rounded, tensor, out=rounded).to(torch.bfloat16)

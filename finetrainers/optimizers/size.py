@@ -25,7 +25,8 @@ class StateBytes:
     """Of paged optimizers, what may lie there."""
     update: int
     """On the device besides, while tensors are updated: room for the states of two, one on its way and one in use, and
-    for the fp32 copies of a tensor whose weights are bf16."""
+    for the fp32 copies of the largest tensor where weights are bf16. What an optimizer's own arithmetic needs comes on
+    top: nothing for AdamW."""
 
 
 def state_bytes(
@@ -64,7 +65,7 @@ def aligned(num_bytes: int) -> int:
 _PAGED_FROM = 100_000
 _QUANTIZED_FROM = 4096
 _BYTES_TO_ROUND = 4 + 4 + 4
-"""Of each number: the weight, its gradient, and what is drawn to round it."""
+"""Of each number: the weight, its gradient, and once that is gone what is drawn to round it."""
 
 
 def _parts(name: str, shape: Shape, *, is_zero: bool) -> list[int]:

@@ -158,6 +158,8 @@ EFFECTS: list[tuple[str, Callable[[Path], bool]]] = [
     ("tracking.trackers=tensorboard", lambda output: any((output / "tensorboard").iterdir())),
     ("training.steps=0", lambda output: list(steps_in(output / "weights")) == [0]),
     ("optimizer.name=adamw_8bit", lambda output: "state1" in newest_state(output)),
+    ("optimizer.name=adafactor", lambda output: "exp_avg_sq_row" in newest_state(output)),
+    ("optimizer.name=muon", lambda output: "momentum_buffer" in newest_state(output)),
 ]
 
 

@@ -106,6 +106,20 @@ def test_a_gradient_goes_as_soon_as_it_is_applied():
     assert all(tensor.grad is None for tensor in tensors.values())
 
 
+def test_the_norms_are_those_of_the_step():
+    """Of a tensor without a gradient in it there is none left from the step before."""
+    tensors = make_tensors()
+    optimizer = make_optimizer("adamw", tensors, in_backward=True)
+    for step, count in ((0, len(tensors)), (1, len(tensors) - 1)):
+        take_steps(optimizer, tensors, [step])
+        generator = torch.Generator().manual_seed(step + 10)
+        factors = [torch.randn(tensor.shape, generator=generator) / 100 for tensor in tensors.values()]
+        expected = [factor.norm() for number, factor in enumerate(factors) if number != 1 or step % 2 == 0]
+        norms = optimizer.take_norms()
+        assert len(norms) == count
+        torch.testing.assert_close(torch.stack(norms), torch.stack(expected))
+
+
 def test_slabs_are_filled_and_never_overlap():
     slabs = host_states.Slabs(pinned=False)
     generator = torch.Generator().manual_seed(0)
