@@ -23,7 +23,7 @@ from finetrainers.errors import UnusableClip
 from finetrainers.families.base import Family
 from finetrainers.hashing import digest, generator_for
 from finetrainers.memory.quantized import VERSION as QUANTIZED_VERSION
-from finetrainers.memory.quantized import quantizable, quantize_layers
+from finetrainers.memory.quantized import choose_formats, quantize_layers
 from finetrainers.types import Clip, Condition, Problem, Sample
 
 logger = logging.getLogger(__name__)
@@ -177,8 +177,14 @@ class Encoder:
         encoders = self.family.load_text_encoders(torch.device("cpu"), self.dtype)
         # A second text encoder, which only gives a summary of the prompt, is small.
         encoder = encoders["text_encoder"]
-        layers = quantizable(encoder, self.family.blocks("text_encoder", encoder), self.family.precise_layers)
-        quantize_layers(encoder, layers, self.weights_format, device=self.engine.device)
+        formats = choose_formats(
+            encoder,
+            self.family.blocks("text_encoder", encoder),
+            self.weights_format,
+            precise=self.family.precise_layers,
+            sensitive=self.family.sensitive_layers,
+        )
+        quantize_layers(encoder, formats, device=self.engine.device)
         return {name: network.to(self.engine.device) for name, network in encoders.items()}
 
     @torch.no_grad()
