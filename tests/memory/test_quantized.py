@@ -14,7 +14,14 @@ from finetrainers.config.schema import MemoryConfig
 from finetrainers.engines.single import SingleEngine
 from finetrainers.errors import UserError
 from finetrainers.memory import quantized
-from finetrainers.memory.quantized import QuantizedLinear, dequantize, quantize, quantize_layers, quantized_bytes
+from finetrainers.memory.quantized import (
+    QuantizedLinear,
+    choose_formats,
+    dequantize,
+    quantize,
+    quantize_layers,
+    quantized_bytes,
+)
 from finetrainers.planning import count_flop
 from finetrainers.training.models import save_memory
 from finetrainers.types import Bucket, Condition
@@ -254,6 +261,17 @@ def test_a_text_encoder_that_learns_stays_as_it_is(folders):
     models, _ = load(method, base_weights="int8")
     assert {path.partition(".")[0] for path in quantized_layers(models)} == {"transformer"}
     assert {parameter.dtype for parameter in models["text_encoder"].parameters()} == {torch.float32}
+
+
+def test_only_frozen_plain_linear_layers_within_blocks_are_chosen():
+    names = ("frozen", "trained", "bias_trained", "norm", "embedder")
+    block = nn.ModuleDict({name: nn.Linear(4, 4) for name in names}).requires_grad_(False)
+    block["trained"].weight.requires_grad_(True)
+    block["bias_trained"].bias.requires_grad_(True)
+    block["attention"] = nn.MultiheadAttention(4, 1).requires_grad_(False)
+    model = nn.ModuleDict({"outside": nn.Linear(4, 4).requires_grad_(False), "block": block})
+    chosen = choose_formats(model, [block], "nf4", precise="embed", sensitive="norm")
+    assert chosen == {"block.frozen": "nf4", "block.norm": "int8"}
 
 
 def test_a_missing_package_is_said_at_once(monkeypatch):
