@@ -9,7 +9,7 @@ import torch
 
 from finetrainers.engines.base import replace_tensors
 from finetrainers.families.base import Family
-from finetrainers.memory.quantized import quantizable, quantize_layers
+from finetrainers.memory.quantized import choose_formats, quantize_layers
 from finetrainers.memory.streaming import BlockStream
 
 
@@ -24,8 +24,14 @@ def load_text_encoders(
     if weights_format is not None:
         # A second text encoder, which only gives a summary of the prompt, is small.
         encoder = encoders["text_encoder"]
-        layers = quantizable(encoder, family.blocks("text_encoder", encoder), family.precise_layers)
-        quantize_layers(encoder, layers, weights_format, device=device)
+        formats = choose_formats(
+            encoder,
+            family.blocks("text_encoder", encoder),
+            weights_format,
+            precise=family.precise_layers,
+            sensitive=family.sensitive_layers,
+        )
+        quantize_layers(encoder, formats, device=device)
     for name, encoder in encoders.items():
         if is_streamed:
             _stream(family, name, encoder, device)

@@ -54,9 +54,12 @@ class Family(ABC):
     """Numbers of video tokens at which a law that looks at them is worth seeing."""
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     """The transformer's lists of layers that repeat, in the order in which they run."""
-    precise_layers: ClassVar[str] = "norm|embed|modulation|vision"
-    """Regular expression that is found in the paths of those linear layers of the blocks, of transformer and text
-    encoder, that are never held in low precision: modulation, which is small and sensitive, and what sees images."""
+    precise_layers: ClassVar[str] = "embed|vision"
+    """Regular expression, found in the paths of those linear layers of the blocks, of transformer and text encoder,
+    that are never held in low precision."""
+    sensitive_layers: ClassVar[str] = "norm|modulation"
+    """The same of those that are held in `int8` where others are in a coarser format: modulation, whose answer all
+    tokens share, and which is a quarter of HunyuanVideo."""
     takes: ClassVar[frozenset[str]] = frozenset()
     """Options of the `model` section that only some families have, such as `rope_temporal`."""
     runs_on_meta: ClassVar[bool] = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -92,43 +92,41 @@ class _FrozenLinear(torch.autograd.Function):
         return gradient @ weight, None, None, None, None, None
 
 
-def quantizable(model: nn.Module, blocks: Iterable[nn.Module], precise: str) -> list[str]:
-    """Paths of the linear layers within the blocks whose weights are frozen, less those in whose paths the regular
-    expression `precise` is found. Layers that are special kinds of linear ones are left alone."""
+def choose_formats(
+    model: nn.Module, blocks: Iterable[nn.Module], format: str, *, precise: str, sensitive: str
+) -> dict[str, str]:
+    """Paths of the linear layers within the blocks whose weights are frozen, each with the format that it is to be held
+    in: int8, the most precise, where the regular expression `sensitive` is found in its path, and none at all where
+    `precise` is. Layers that are special kinds of linear ones are left alone."""
     within = {id(module) for block in blocks for module in block.modules()}
-    return [
-        name
+    return {
+        name: "int8" if re.search(sensitive, name) else format
         for name, module in model.named_modules()
         if id(module) in within
         and type(module) is nn.Linear
         and not any(parameter.requires_grad for parameter in module.parameters())
         and not re.search(precise, name)
-    ]
+    }
 
 
 def quantize_layers(
-    model: nn.Module,
-    names: Sequence[str],
-    format: str,
-    *,
-    device: torch.device,
-    known: Mapping[str, Codes] | None = None,
+    model: nn.Module, formats: Mapping[str, str], *, device: torch.device, known: Mapping[str, Codes] | None = None
 ) -> dict[str, Codes]:
     """Put a QuantizedLinear in the place of each of these linear layers, one after the other. Codes are computed on
     the device, or taken from those that are known, and come to where the weight lay, which is let go. Returns them."""
-    linears: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    before = sum(linear.weight.nbytes for linear in linears.values())
-    held: dict[str, Codes] = {}
-    for name in names:
-        linear = linears.pop(name)
+    before, held = 0, {}
+    for name, format in formats.items():
+        linear: Any = model.get_submodule(name)
         codes, scale = quantize(linear.weight.detach().to(device), format) if known is None else known[name]
         held[name] = codes.to(linear.weight.device), scale.to(linear.weight.device)
         size = (linear.out_features, linear.in_features)
         layer = QuantizedLinear(format, size, codes=held[name][0], scale=held[name][1], bias=linear.bias)
         model.set_submodule(name, layer.train(linear.training))
+        before += linear.weight.nbytes
     after = sum(tensor.nbytes for pair in held.values() for tensor in pair)
+    used = " and ".join(sorted(set(formats.values())))
     summary = "the weights of %d linear layers are held in %s: %.3g GiB instead of %.3g"
-    logger.info(summary, len(held), format, after / 2**30, before / 2**30)
+    logger.info(summary, len(held), used, after / 2**30, before / 2**30)
     return held
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from finetrainers.memory.quantized import Codes, quantized_shapes
 logger = logging.getLogger(__name__)
 
 
-def read_kept(file: Path, model: nn.Module, names: Sequence[str], format: str) -> dict[str, Codes] | None:
+def read_kept(file: Path, model: nn.Module, formats: Mapping[str, str]) -> dict[str, Codes] | None:
     """Codes and scales of these linear layers, mapped from the file; None if it is not there, or does not hold just
     them, which is said."""
     if not file.exists():
@@ -29,11 +29,11 @@ def read_kept(file: Path, model: nn.Module, names: Sequence[str], format: str) -
     except (SafetensorError, OSError) as error:
         logger.warning("%s is damaged and will be written again: %s", file, error)
         return None
-    if {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()} != _expected(model, names, format):
+    if {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()} != _expected(model, formats):
         logger.warning("%s holds other layers and will be written again", file)
         return None
-    logger.info("weights in %s are read from %s", format, file)
-    return {name: (tensors[f"{name}.weight"], tensors[f"{name}.scale"]) for name in names}
+    logger.info("weights in low precision are read from %s", file)
+    return {name: (tensors[f"{name}.weight"], tensors[f"{name}.scale"]) for name in formats}
 
 
 def write_kept(file: Path, held: Mapping[str, Codes]) -> None:
@@ -45,10 +45,10 @@ def write_kept(file: Path, held: Mapping[str, Codes]) -> None:
         save_file(tensors, temporary)
 
 
-def _expected(model: nn.Module, names: Sequence[str], format: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def _expected(model: nn.Module, formats: Mapping[str, str]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and type of each tensor."""
     expected = {}
-    for name in names:
+    for name, format in formats.items():
         linear: Any = model.get_submodule(name)
         codes, scale = quantized_shapes(format, linear.out_features, linear.in_features)
         expected[f"{name}.weight"] = torch.Size(codes), torch.int8

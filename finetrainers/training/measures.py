@@ -32,13 +32,19 @@ def lower_precision(
     for name, model in models.items():
         if format is not None and name.startswith("transformer"):
             family = method.family
-            layers = quantized.quantizable(model, family.blocks(name, model), family.precise_layers)
+            formats = quantized.choose_formats(
+                model,
+                family.blocks(name, model),
+                format,
+                precise=family.precise_layers,
+                sensitive=family.sensitive_layers,
+            )
             kept, known = None, None
             if kept_in is not None:
-                made_by = [quantized.VERSION, format, str(method.weights_dtype), device.type]
-                kept = kept_in / f"{digest([family.fingerprint('transformer'), name, made_by, layers])}.safetensors"
-                known = read_kept(kept, model, layers, format)
-            held = quantized.quantize_layers(model, layers, format, device=device, known=known)
+                made_by = [quantized.VERSION, str(method.weights_dtype), device.type]
+                kept = kept_in / f"{digest([family.fingerprint('transformer'), name, made_by, formats])}.safetensors"
+                known = read_kept(kept, model, formats)
+            held = quantized.quantize_layers(model, formats, device=device, known=known)
             if kept is not None and known is None:
                 write_kept(kept, held)
 

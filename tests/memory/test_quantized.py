@@ -14,7 +14,14 @@ from finetrainers.config.schema import MemoryConfig
 from finetrainers.engines.single import SingleEngine
 from finetrainers.errors import UserError
 from finetrainers.memory import quantized
-from finetrainers.memory.quantized import QuantizedLinear, dequantize, quantize, quantize_layers, quantized_bytes
+from finetrainers.memory.quantized import (
+    QuantizedLinear,
+    choose_formats,
+    dequantize,
+    quantize,
+    quantize_layers,
+    quantized_bytes,
+)
 from finetrainers.planning import count_flop
 from finetrainers.training.models import save_memory
 from finetrainers.types import Bucket, Condition
@@ -89,7 +96,7 @@ def test_a_layer_is_the_linear_one_of_its_weights(format, dtype, device, bias):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(80, 96, bias=bias)).requires_grad_(False).to(device, dtype)
     model[0].weight.data = weights((96, 80), dtype, device)
-    quantize_layers(model, ["0"], format, device=torch.device(device))
+    quantize_layers(model, {"0": format}, device=torch.device(device))
     layer = model[0]
     inputs = [torch.randn(2, 5, 80, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
     inputs[1].data.copy_(inputs[0].data)
@@ -133,12 +140,13 @@ def test_what_is_held_is_the_blocks_linear_layers_and_the_rest_as_it_was(folders
         for part, model in models.items():
             within = {id(module) for block in method.family.blocks(part, model) for module in block.modules()}
             for path, module in model.named_modules():
-                if type(module) is nn.Linear and id(module) in within:
-                    assert "norm" in path, f"{path} stays as it is"
+                assert not (type(module) is nn.Linear and id(module) in within), path
                 if isinstance(module, QuantizedLinear):
-                    assert id(module) in within and "norm" not in path
+                    assert id(module) in within and module.format == ("int8" if "norm" in path else format)
         held = sum(layer.weight.nbytes + layer.scale.nbytes for layer in layers.values())
-        assert held == sum(quantized_bytes(format, layer.out_features, layer.in_features) for layer in layers.values())
+        assert held == sum(
+            quantized_bytes(layer.format, layer.out_features, layer.in_features) for layer in layers.values()
+        )
         after = {f"{part}.{key}": p for part, model in models.items() for key, p in model.named_parameters()}
         codes = {f"{path}.{tensor}" for path in layers for tensor in ("weight", "scale")}
         assert after.keys() - codes == before.keys() - codes
@@ -225,7 +233,7 @@ def test_fake_tensors_go_through(folders):
         with FakeTensorMode():
             sizes = ((80, 96), (96, 48))
             model = nn.Sequential(*(nn.Linear(*size, dtype=torch.bfloat16) for size in sizes)).requires_grad_(False)
-            quantize_layers(model, ["0", "1"], format, device=torch.device("cpu"))
+            quantize_layers(model, {"0": format, "1": format}, device=torch.device("cpu"))
             inputs = torch.randn(2, 5, 80, dtype=torch.bfloat16, requires_grad=True)
             answer = model(inputs)
             answer.sum().backward()
@@ -255,6 +263,17 @@ def test_a_text_encoder_that_learns_stays_as_it_is(folders):
     assert {parameter.dtype for parameter in models["text_encoder"].parameters()} == {torch.float32}
 
 
+def test_only_frozen_plain_linear_layers_within_blocks_are_chosen():
+    names = ("frozen", "trained", "bias_trained", "norm", "embedder")
+    block = nn.ModuleDict({name: nn.Linear(4, 4) for name in names}).requires_grad_(False)
+    block["trained"].weight.requires_grad_(True)
+    block["bias_trained"].bias.requires_grad_(True)
+    block["attention"] = nn.MultiheadAttention(4, 1).requires_grad_(False)
+    model = nn.ModuleDict({"outside": nn.Linear(4, 4).requires_grad_(False), "block": block})
+    chosen = choose_formats(model, [block], "nf4", precise="embed", sensitive="norm")
+    assert chosen == {"block.frozen": "nf4", "block.norm": "int8"}
+
+
 def test_a_missing_package_is_said_at_once(monkeypatch):
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"memory\.base_weights nf4 needs bitsandbytes: pip install"):
@@ -271,7 +290,7 @@ def test_only_one_layer_is_whole_on_the_device(format):
     model.requires_grad_(False)
     torch.cuda.reset_peak_memory_stats()
     begun = torch.cuda.memory_allocated()
-    quantize_layers(model, [str(number) for number in range(8)], format, device=device)
+    quantize_layers(model, {str(number): format for number in range(8)}, device=device)
     # Twice in fp32 besides the weight and its codes.
     assert torch.cuda.max_memory_allocated() - begun < 2048 * 2048 * (2 + 4 * 4)
     assert torch.cuda.memory_allocated() == begun, "and the codes come back"

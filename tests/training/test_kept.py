@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import LTXVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from finetrainers.engines.single import SingleEngine
 from finetrainers.memory import quantized
 from finetrainers.training import kept
 from tests.memory.low_precision import FORMATS, ROWS, load, lora_method, quantized_layers
@@ -99,3 +102,36 @@ def test_a_run_that_is_stopped_while_writing_leaves_nothing(folders, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         codes_of(LTX, folders[LTX], tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def resident_mib(folder: Path) -> float:
+    """How much of the files in a folder this process has in memory, as mapped."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            inside = line.find(str(folder)) >= 0
+        elif words[0] == "Rss:" and inside:
+            total += int(words[1])
+    return total / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not say what is mapped")
+def test_weights_that_are_kept_are_not_read_from_the_model(folders, tmp_path, monkeypatch):
+    """Loading maps a model's files; nothing looks at what is replaced."""
+    model = shutil.copytree(folders["ltx-0.9.0"], tmp_path / "model") / "transformer"
+    config = json.loads((model / "config.json").read_text())
+    config |= {"num_attention_heads": 16, "attention_head_dim": 32, "cross_attention_dim": 512, "num_layers": 2}
+    for file in model.glob("*.safetensors"):
+        file.unlink()
+    LTXVideoTransformer3DModel.from_config(config).bfloat16().save_pretrained(model)
+    whole = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 2**20
+    assert whole > 15
+    seen: list[float] = []
+    prepare = SingleEngine.prepare
+    monkeypatch.setattr(
+        SingleEngine, "prepare", lambda self, *given: (seen.append(resident_mib(model)), prepare(self, *given))
+    )
+    for _ in range(2):
+        codes_of("ltx-0.9.0", model.parent, tmp_path / "weights", dtype=torch.bfloat16)
+    assert seen[0] > 0.8 * whole and seen[1] < 0.2 * whole, (seen, whole)
