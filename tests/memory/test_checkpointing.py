@@ -7,9 +7,23 @@ import torch
 
 from finetrainers.memory import offload
 from tests.families.tiny import TINY
-from tests.memory.training import FAMILIES, METHODS, WORDS, Trained, load, make_method, random_batch, train
+from tests.memory.training import (
+    FAMILIES,
+    METHODS,
+    WORDS,
+    Trained,
+    load,
+    make_method,
+    random_batch,
+    train,
+    write_deeper,
+)
 
-KEPT: dict[tuple[str, str, str], Trained] = {}
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Tiny models of more blocks than two, so that there is a first one, a last one and others."""
+    return {row: write_deeper(row, tmp_path_factory.mktemp("deeper") / row) for row in FAMILIES}
 
 
 def trained(folders, row, name, word, *, offloaded=False, dtype=torch.float32):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,20 @@ from tests.training.tiny_run import OBJECTIVE
 FAMILIES = ("ltx-0.9.0", "cogvideox-5b", "hunyuan", "wan-2.1")
 METHODS = ("lora", "full")
 WORDS = ("none", "full", "every-2", "attention", "feed_forward")
+
+
+def write_deeper(row: str, folder: Path, **changes: Any) -> Path:
+    """The tiny model with more blocks, whose transformer is `changes` apart from it otherwise."""
+    import diffusers
+
+    TINY[row].write(folder)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    depth = dict.fromkeys(("num_layers", "num_single_layers"), 3 if "num_single_layers" in config else 5)
+    config |= {key: value for key, value in (depth | changes).items() if key in config}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        getattr(diffusers, config["_class_name"]).from_config(config).save_pretrained(folder / "transformer")
+    return folder
 
 
 def make_method(row: str, folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Method:
