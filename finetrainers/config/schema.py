@@ -243,14 +243,15 @@ class MemoryConfig(Section):
     text_encoder_weights: Literal["fp8", "int8", "nf4"] | None = None
     """Low precision in which text encoders are held while captions are encoded. Left out: that of the run."""
     stream_text_encoder: bool = Field(False, json_schema_extra=FREE)
-    """Keep text encoders in the host's memory while captions are encoded, and bring a layer to the device when it
-    runs."""
+    """Keep the layers of text encoders in the host's memory while captions are encoded, and bring each to the device
+    when it runs."""
     base_weights: Literal["fp8", "int8", "nf4"] | None = None
     """Low precision in which the blocks' frozen weights are held; arithmetic stays as it is. Left out: as they are."""
     keep_quantized: bool = Field(False, json_schema_extra=FREE)
     """Keep the weights in low precision on disk beside the encoded dataset, to begin faster the next time."""
     stream_blocks: Count | Literal["all"] = Field(0, json_schema_extra=FREE)
-    """Blocks of the transformer whose weights lie in the host's memory and are brought to the device when they run."""
+    """Blocks of the transformer whose weights lie in the host's memory and are brought to the device when they run:
+    `all`, or so many, evenly spread. It needs whole blocks to be checkpointed (`training.gradient_checkpointing`)."""
     offload_activations: bool = Field(False, json_schema_extra=FREE)
     """Keep what the blocks save for the backward pass in the host's memory until then."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from finetrainers.memory.gradients import GradientsHome
 from finetrainers.memory.lane import Arrival, Lane
-from finetrainers.memory.layout import RING, Footprint, Layout, lay_out, slot_sizes
+from finetrainers.memory.layout import RING, Layout, lay_out, slot_sizes
 
 HOST = torch.device("cpu")
 

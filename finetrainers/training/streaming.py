@@ -74,7 +74,7 @@ def build_streams(
         chosen = spread(every, count)
         size = footprint(models[name], chosen, trained_too=trained_too)
         logger.info(
-            "%d of %d blocks of %s are streamed: %.3g GiB lie on the host, %.3g stay on the device and %.3g are at work",
+            "%d of %d blocks of %s are streamed: %.3g GiB lie on the host, %.3g stay on the device, %.3g are at work",
             *(count, len(every), name, size.host / _GIB, size.resident / _GIB, size.ring / _GIB),
         )
         streams.append(BlockStream(chosen, device=device, trained_too=trained_too))

@@ -317,6 +317,7 @@ CHANGES_NUMBERS = {
 CHANGES_NONE = {
     "output": "runs/y", "data.num_workers": 0, "data.strict": True, "data.cache": "cache", "training.steps": 5,
     "training.gradient_checkpointing": False, "parallel.strategy": "ddp",
+    "memory.stream_blocks": "all", "memory.stream_text_encoder": True,
     "parallel.context_parallel_size": 2, "parallel.shard_size": 2, "parallel.zero_stage": 3,
     "parallel.offload": "optimizer", "parallel.deepspeed_config": "ds.json",
     "validation.every": 5, "validation.prompts": "x", "validation.num_videos": 0, "validation.negative_prompt": "x",
