@@ -112,8 +112,9 @@ class LateLane(Lane):
     """A lane as slow as can be: a copy is made when somebody waits for it, reads what is there by then, and drags along
     those before it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, is_late: bool) -> None:
         super().__init__(device)
+        self.is_late = is_late
         self.queue: list[Callable[[], None]] = []
         self.done = 0
 
@@ -125,6 +126,8 @@ class LateLane(Lane):
 
         self.count += 1
         self.queue.append(run)
+        if not self.is_late:
+            self.run_to(len(self.queue))
         return partial(self.run_to, len(self.queue))
 
     def run_to(self, number: int) -> None:
@@ -138,10 +141,17 @@ class LateLane(Lane):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("late", [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize(("count", "ring"), [(6, 2), (3, 2), (6, 1), (6, 3)])
-def test_late_copies_are_waited_for(monkeypatch, kind, count, ring):
+def test_late_copies_are_waited_for(monkeypatch, kind, late, count, ring):
+    """To the device, to the host, or both ways."""
     adapted, lanes = KINDS[kind], []
-    monkeypatch.setattr(streaming, "Lane", lambda device: lanes.append(LateLane(device)) or lanes[-1])
+
+    def make_lane(device: torch.device) -> Lane:
+        lanes.append(LateLane(device, is_late=late[len(lanes)]))
+        return lanes[-1]
+
+    monkeypatch.setattr(streaming, "Lane", make_lane)
     model = make_stack(adapted=adapted)
     streamed(model, CPU, count=count, ring=ring, trained_too=not adapted)
     ours = train(model, CPU, settle=lambda: [lane.run_to(len(lane.queue)) for lane in lanes])
