@@ -19,10 +19,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from predicted import MODELS  # noqa: E402
 
-from finetrainers.commands.precompute import build_method, complete  # noqa: E402
+from finetrainers.commands.completing import build_method, complete  # noqa: E402
 from finetrainers.config.load import build_config  # noqa: E402
 from finetrainers.memory.simulation import HOST, LiveBytes, peak_bytes  # noqa: E402
-from finetrainers.training.models import save_memory  # noqa: E402
+from finetrainers.training.measures import save_activations  # noqa: E402
 from finetrainers.training.simulated import blank_batch, simulated_models  # noqa: E402
 from finetrainers.types import Bucket, Condition  # noqa: E402
 from tests.families.full_size import write_full_size  # noqa: E402
@@ -50,8 +50,9 @@ def count(name: str, method_name: str, way: str) -> dict[str, float]:
         }
         family, config = complete(build_config(settings), weights=False)
         with simulated_models(build_method(family, config)) as (method, models):
-            save_memory(method, models, options=config.memory, checkpointing=word, host=HOST)
-            batch = blank_batch(method.family, Bucket.parse(size), Condition())
+            offload = config.memory.offload_activations
+            save_activations(method, models, checkpointing=word, offload=offload, host=HOST)
+            batch = blank_batch(method, Bucket.parse(size), Condition())
             host = LiveBytes(HOST)
             with host.counted():
                 peak = peak_bytes(lambda: method.loss(models, batch))

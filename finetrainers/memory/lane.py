@@ -9,6 +9,8 @@ from torch import Tensor
 
 from finetrainers.errors import UserError
 
+_GIB = 2**30
+_PAGE = 4096
 Arrival = torch.cuda.Event | None
 """When a copy is through; None says that it is."""
 
@@ -51,19 +53,23 @@ class Lane:
             buffer.record_stream(self._stream)
         return buffer
 
-    def pin(self, buffer: Tensor) -> Tensor:
-        """A buffer on the host, kept where it is as long as the lane lives, so that the device reads and writes it by
-        itself."""
-        if self._stream is not None:
-            # torch's own allocator of pinned memory rounds up to a power of two, which of a block of 0.6 GiB is 1 GiB.
-            failed = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
-            if failed:
-                raise UserError(
-                    f"the host cannot pin {buffer.nbytes / 2**30:.2f} GiB of its memory (CUDA error {failed}): stream "
-                    "fewer blocks (memory.stream_blocks), or raise the limit of locked memory (ulimit -l)"
-                )
-            self._pinned.append(buffer)
-        return buffer
+    def host_buffer(self, nbytes: int, host: torch.device) -> Tensor:
+        """So many bytes on the host, which the device reads and writes by itself; pinned as long as the lane lives."""
+        if self._stream is None:
+            return torch.empty(nbytes, dtype=torch.uint8, device=host)
+        # Whole pages, which no other buffer shares. torch's own allocator of pinned memory rounds up to a power of two,
+        # which of a block of 0.6 GiB is 1 GiB.
+        whole = -(-nbytes // _PAGE) * _PAGE
+        around = torch.empty(whole + _PAGE, dtype=torch.uint8, device=host)
+        pages = around[-around.data_ptr() % _PAGE :][:whole]
+        failed = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), whole, 0))
+        if failed:
+            raise UserError(
+                f"the host cannot pin {whole / _GIB:.2f} GiB of its memory (CUDA error {failed}): stream fewer blocks "
+                "(memory.stream_blocks), or raise the limit of locked memory (ulimit -l)"
+            )
+        self._pinned.append(pages)
+        return pages[:nbytes]
 
 
 def _unpin(stream: torch.cuda.Stream | None, buffers: list[Tensor]) -> None:

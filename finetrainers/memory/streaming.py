@@ -68,7 +68,7 @@ class BlockStream:
     def park(self, block: nn.Module) -> None:
         """Take a block's weights, wherever they are, to the host."""
         layout = lay_out(block, trained_too=self._trained_too)
-        master = self._to_device.pin(torch.empty(layout.nbytes, dtype=torch.uint8, device=self._host))
+        master = self._to_device.host_buffer(layout.nbytes, self._host)
         parked = _Parked(layout, master, [piece.within(master) for piece in layout.pieces])
         for piece, tensor in zip(layout.pieces, parked.on_host, strict=True):
             piece.view(master).copy_(piece.get().detach())
@@ -88,7 +88,7 @@ class BlockStream:
         if self._trained_too:
             self._gradients = GradientsHome(self._buffers(), self._to_device, self._to_host)
             for number, each in enumerate(parked):
-                home = self._to_host.pin(torch.empty_like(each.master))
+                home = self._to_host.host_buffer(each.layout.nbytes, self._host)
                 self._gradients.expect_from(number, each.layout, home, each.on_host, each.on_device)
 
     @property

@@ -9,7 +9,6 @@ from copy import copy
 import torch
 from torch import nn
 
-from finetrainers.families.base import Family
 from finetrainers.families.parts import cast_as_loaded
 from finetrainers.memory.simulation import SIMULATED, simulation
 from finetrainers.methods.base import Method

@@ -1,4 +1,4 @@
-"""A stack of blocks of two layouts, with adapters beside frozen weights of several types, as in streamed models."""
+"""A stack of blocks of two layouts, with adapters beside frozen weights of several types, as streamed models are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-WIDTH = 48
+WIDTH = 72
+"""Enough for the codes of a layer to be a large buffer."""
 
 
 class Quantized(nn.Module):

@@ -23,7 +23,7 @@ from finetrainers.memory.quantized import (
     quantized_bytes,
 )
 from finetrainers.planning import count_flop
-from finetrainers.training.models import save_memory
+from finetrainers.training.measures import lower_precision
 from finetrainers.types import Bucket, Condition
 from tests.families.tiny import TINY
 from tests.memory.low_precision import FORMATS, ROWS, batch_of, load, lora_method, moved, quantized_layers, steps
@@ -213,8 +213,7 @@ def test_a_model_without_weights_has_the_same_shapes_and_work(folders, name):
         with torch.device("meta"):
             models = method.build()
             method.attach(models, seed=0)
-        options = MemoryConfig(base_weights=format)
-        save_memory(method, models, options=options, checkpointing=False, device=torch.device("meta"))
+        lower_precision(method, models, format, device=torch.device("meta"))
         return models
 
     for format in FORMATS:

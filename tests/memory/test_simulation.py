@@ -8,7 +8,7 @@ from torch import nn
 
 from finetrainers.config.schema import MemoryConfig
 from finetrainers.memory.simulation import LiveBytes, peak_bytes, saved_bytes, simulation
-from finetrainers.training.models import save_memory
+from finetrainers.training.measures import save_activations
 from finetrainers.training.simulated import simulated_models
 from tests.families.tiny import TINY
 from tests.memory.training import FAMILIES, METHODS, WORDS, load, make_method, random_batch, write_deeper
@@ -41,7 +41,7 @@ def test_a_simulated_step_keeps_what_a_real_one_keeps(row, name, dtype, folders)
         real = saved_bytes(lambda: method.loss(models, batch), models.values())
         peak = peak_bytes(lambda: method.loss(models, batch))
         with simulated_models(method) as (ours, fakes):
-            save_memory(ours, fakes, options=MemoryConfig(), checkpointing=word)
+            save_activations(ours, fakes, checkpointing=word, offload=False)
             ours.loss(fakes, batch)
             assert saved_bytes(lambda: ours.loss(fakes, batch), fakes.values()) == pytest.approx(real, rel=0.01), word
             made = peak_bytes(lambda: ours.loss(fakes, batch))

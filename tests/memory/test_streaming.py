@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from finetrainers.engines.base import replace_tensors
+from finetrainers.memory import streaming
+from finetrainers.memory.lane import Lane
 from finetrainers.memory.layout import Footprint, footprint, lay_out, spread
 from finetrainers.memory.streaming import BlockStream, is_parked
 from tests.memory.stack import WIDTH, Stack, make_stack
@@ -37,8 +39,17 @@ def inputs(device: torch.device, passes: int, *, size: int = 4, width: int = WID
         yield torch.randn(size + number % 2, width, generator=generator).to(device)
 
 
-def train(model: nn.Module, device: torch.device, *, steps: int = 3, accumulation: int = 2, **sizes: int) -> list[Any]:
-    """A few optimizer steps; every loss, and every gradient before its step, on the host."""
+def train(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    steps: int = 3,
+    accumulation: int = 2,
+    settle: Callable[[], None] = lambda: None,
+    **sizes: int,
+) -> list[Any]:
+    """A few optimizer steps; every loss, and every gradient before its step, on the host. `settle` waits until all
+    gradients have arrived."""
     moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=1e-2, fused=True)
     seen: list[Any] = []
@@ -49,6 +60,7 @@ def train(model: nn.Module, device: torch.device, *, steps: int = 3, accumulatio
         if number % accumulation == accumulation - 1:
             if device.type == "cuda":
                 torch.cuda.synchronize()
+            settle()
             seen.extend(each.grad.clone() for each in moving)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -94,6 +106,57 @@ def test_each_block_is_loaded_once_forward_and_once_backward_less_what_is_there(
         counts.append(stream.loads - before)
     assert counts == [2 * count - ring, 2 * (count - ring), 2 * (count - ring)]
     assert stream.returns == 0
+
+
+class LateLane(Lane):
+    """A lane as slow as can be: a copy is made when somebody waits for it, reads what is there by then, and drags along
+    those before it."""
+
+    def __init__(self, device: torch.device, *, is_late: bool) -> None:
+        super().__init__(device)
+        self.is_late = is_late
+        self.queue: list[Callable[[], None]] = []
+        self.done = 0
+
+    def copy(self, target: Tensor, source: Tensor, *, after: Any = None) -> Any:
+        def run() -> None:
+            if after is not None:
+                after()
+            target.copy_(source)
+
+        self.count += 1
+        self.queue.append(run)
+        if not self.is_late:
+            self.run_to(len(self.queue))
+        return partial(self.run_to, len(self.queue))
+
+    def run_to(self, number: int) -> None:
+        while self.done < number:
+            self.done += 1
+            self.queue[self.done - 1]()
+
+    def wait(self, arrival: Any) -> None:
+        if arrival is not None:
+            arrival()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("late", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(("count", "ring"), [(6, 2), (3, 2), (6, 1), (6, 3)])
+def test_late_copies_are_waited_for(monkeypatch, kind, late, count, ring):
+    """To the device, to the host, or both ways."""
+    adapted, lanes = KINDS[kind], []
+
+    def make_lane(device: torch.device) -> Lane:
+        lanes.append(LateLane(device, is_late=late[len(lanes)]))
+        return lanes[-1]
+
+    monkeypatch.setattr(streaming, "Lane", make_lane)
+    model = make_stack(adapted=adapted)
+    streamed(model, CPU, count=count, ring=ring, trained_too=not adapted)
+    ours = train(model, CPU, settle=lambda: [lane.run_to(len(lane.queue)) for lane in lanes])
+    assert len(lanes) == 2 and all(lane.queue or adapted for lane in lanes)
+    assert_equal(ours, train(make_stack(adapted=adapted), CPU))
 
 
 def test_trained_blocks_are_loaded_anew_each_pass_and_each_gradient_goes_home_once():
@@ -210,6 +273,8 @@ def test_masters_lie_on_the_host_in_one_buffer_a_block_each_tensor_aligned():
         parked = [each for each in (*block.parameters(), *block.buffers()) if is_parked(each)]
         assert len({each.untyped_storage().data_ptr() for each in parked}) == 1
         assert all(each.storage_offset() * each.element_size() % 256 == 0 for each in parked)
+        assert is_parked(block.quantized.codes), "a parameter or a large buffer"
+        assert is_parked(block.quantized.scale) == isinstance(block.quantized.scale, nn.Parameter)
         assert not is_parked(block.adapter.weight) and not is_parked(block.positions)
 
 
@@ -250,9 +315,7 @@ def test_events_hold_whichever_is_slower(kind, width, size):
     device, adapted = torch.device("cuda"), KINDS[kind]
     plain, model = (make_stack(adapted=adapted, width=width) for _ in range(2))
     streamed(model, device, trained_too=not adapted)
-    ours, theirs = (
-        train(each, device, steps=4, width=width, size=size) for each in (model, plain.to(device))
-    )
+    ours, theirs = (train(each, device, steps=4, width=width, size=size) for each in (model, plain.to(device)))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
