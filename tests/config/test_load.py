@@ -319,7 +319,7 @@ CHANGES_NONE = {
     "optimizer.offload": True, "optimizer.in_backward": True,
     "training.gradient_checkpointing": False, "memory.offload_activations": True, "memory.keep_quantized": True,
     "parallel.strategy": "ddp",
-    "memory.stream_blocks": "all", "memory.stream_text_encoder": True,
+    "memory.stream_blocks": "all", "memory.stream_text_encoder": True, "memory.budget": "24GB", "memory.on_oom": "adapt",
     "parallel.context_parallel_size": 2, "parallel.shard_size": 2, "parallel.zero_stage": 3,
     "parallel.offload": "optimizer", "parallel.deepspeed_config": "ds.json",
     "validation.every": 5, "validation.prompts": "x", "validation.num_videos": 0, "validation.negative_prompt": "x",

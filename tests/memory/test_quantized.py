@@ -10,7 +10,6 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear
 
-from finetrainers.config.schema import MemoryConfig
 from finetrainers.engines.single import SingleEngine
 from finetrainers.errors import UserError
 from finetrainers.memory import quantized

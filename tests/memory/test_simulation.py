@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from finetrainers.config.schema import MemoryConfig
 from finetrainers.memory.simulation import LiveBytes, peak_bytes, saved_bytes, simulation
 from finetrainers.training.measures import save_activations
 from finetrainers.training.simulated import simulated_models
