@@ -68,10 +68,9 @@ def _train(name: str, setting: str, about: tuple[str, str, str], minutes: float,
     return Run(name, "train", setting, goal, published, limit, minutes, **more)
 
 
-def _encode(
-    name: str, published: Mapping[str, str], floor: float, goal: str = "<= {:.2f} s a clip (40 % of limit), <= 8 GiB"
-) -> Run:
-    setting, about = "the VAE encodes one clip, bf16, no tiling", (goal.format(floor / 0.4), "under 16 GB")
+def _encode(name: str, published: Mapping[str, str], floor: float) -> Run:
+    goal = f"<= {floor / 0.4:.2f} s a clip (40 % of limit), <= 8 GiB"
+    setting, about = "the VAE encodes one clip, bf16, no tiling", (goal, "under 16 GB")
     return Run(f"R13-{name}", "encode", setting, *about, f"{floor:.3f} s", 0.5, floor_seconds=floor, **published)
 
 
@@ -188,8 +187,8 @@ def parts(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def tiny(run: Run) -> Run:
-    """The same on a tiny model of the same family, for a CPU: with little to adapt, and no card to emulate."""
+    """The same for a tiny model of the same family: with little to adapt."""
     options = dict(run.options)
     if "method.rank" in options:
         options["method.rank"] = 4
-    return replace(run, options=options, card_gib=None)
+    return replace(run, options=options)
