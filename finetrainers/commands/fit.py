@@ -47,7 +47,7 @@ MEASURES = (
     Measure("memory.vae_tiling", True, "latents that differ a little at the seams of tiles"),
     Measure("optimizer.name", "adamw_8bit", "updates that differ a little"),
     Measure("method.weights_dtype", "bf16", "updates that differ a little"),
-    Measure("memory.base_weights", "fp8", "a base model that differs a little, made whole in every pass"),
+    Measure("memory.base_weights", "int8", "a base model that differs a little, made whole in every pass"),
     Measure("memory.base_weights", "nf4", "a base model that differs more, made whole in every pass"),
 )
 """In the order in which they are taken: first what changes no number, then what does."""
@@ -163,6 +163,12 @@ def get_option(config: RunConfig, option: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
+def has_option(config: RunConfig, option: str) -> bool:
+    """Whether the run's method has such an option."""
+    section, name = option.split(".")
+    return hasattr(getattr(config, section), name)
+
+
 def set_option(config: RunConfig, option: str, value: Any) -> RunConfig:
     """The config with another value of `section.key`."""
     section, name = option.split(".")
@@ -177,8 +183,7 @@ def _left_to_choose(config: RunConfig, given: Collection[str], check: Callable[[
     """The measures that this run can take, each beside those before it."""
     left = []
     for measure in MEASURES:
-        section, name = measure.option.split(".")
-        if measure.option in given or not hasattr(getattr(config, section), name):
+        if measure.option in given or not has_option(config, measure.option):
             continue
         try:
             check(variant := _take(config, measure))
