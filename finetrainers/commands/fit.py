@@ -69,13 +69,14 @@ class MemoryPlan:
     """What a run will hold, and whether that fits."""
 
     phases: list[Phase]
+    """Empty where the family cannot be counted."""
     budget_gib: float | None
     """What tensors may take of the budget; None where there is none."""
     chosen: list[Chosen]
 
     @property
-    def peak_gib(self) -> float:
-        return max(phase.peak for phase in self.phases) / GIB
+    def peak_gib(self) -> float | None:
+        return max((phase.peak / GIB for phase in self.phases), default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON has it."""
@@ -83,12 +84,14 @@ class MemoryPlan:
             "phases": [_in_gib(phase) for phase in self.phases],
             "peak_gib": self.peak_gib,
             "budget_gib": self.budget_gib,
-            "fits": None if self.budget_gib is None else self.peak_gib <= self.budget_gib,
+            "fits": None if self.budget_gib is None or self.peak_gib is None else self.peak_gib <= self.budget_gib,
             "chosen": [asdict(each) for each in self.chosen],
         }
 
     def lines(self) -> list[str]:
         """The plan as people read it."""
+        if not self.phases:
+            return ["memory: cannot be told without the weights"]
         names = ("weights", "gradients", "optimizer", "activations", "peak", "host")
         lines = [f"memory, GiB{'':<5}" + "".join(f"{name:>13}" for name in names)]
         for phase in self.phases:
@@ -125,6 +128,10 @@ def fit(
 
     Raises UserError, saying what would fit, where nothing does.
     """
+    if not family.runs_on_meta:
+        if config.memory.budget is not None:
+            raise UserError(f"memory.budget: what {family.name} holds cannot be told without its weights: leave it out")
+        return config, MemoryPlan([], None, [])
     forecaster = Forecaster(family, config)
     if config.memory.budget is None:
         return config, MemoryPlan(forecaster.phases(config), None, [])
