@@ -62,7 +62,8 @@ class Forecaster:
 
     def _step(self, config: RunConfig) -> Step:
         memory, checkpointing = config.memory, str(config.training.gradient_checkpointing)
-        release = config.optimizer.in_backward
+        # Gradients of streamed blocks leave the device as they come, too.
+        release = config.optimizer.in_backward or (bool(memory.stream_blocks) and config.method.name == "full")
         computed = (checkpointing, memory.offload_activations, memory.base_weights, release)
         key = str((config.method, *computed))
         if key not in self._steps:
