@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from finetrainers.config.schema import MemoryConfig
 from finetrainers.errors import UserError
 from finetrainers.memory import offload
-from finetrainers.training.models import save_memory
+from finetrainers.training.measures import save_activations
 from tests.families.tiny import TINY
 from tests.memory.training import (
     FAMILIES,
@@ -130,7 +129,7 @@ def test_it_may_be_said_anew(folders):
         ("feed_forward", [1, 1, 2]),
         ("none", [1] * 3),
     ):
-        save_memory(method, models, options=MemoryConfig(), checkpointing=word)
+        save_activations(method, models, checkpointing=word, offload=False)
         counts[:] = [0, 0, 0]
         train(method, models, [random_batch(method, TINY["ltx-0.9.0"].bucket)])
         assert counts == expected, word
