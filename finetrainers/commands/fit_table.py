@@ -69,10 +69,11 @@ def table_lines(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         yield f"  {row.bucket}, {row.method}:"
         for card, chosen in row.cards.items():
-            yield f"    {card:>5}: {_said(chosen)}"
+            yield f"    {card:>5}: {said(chosen)}"
 
 
-def _said(chosen: list[Chosen] | None) -> str:
+def said(chosen: list[Chosen] | None) -> str:
+    """Measures in a few words."""
     if chosen is None:
         return "does not fit"
     return ", ".join(_word(each) for each in chosen) or "nothing"

@@ -69,9 +69,7 @@ class Forecaster:
         computed = (checkpointing, memory.offload_activations, memory.base_weights, release)
         key = str((config.method, *computed))
         if key not in self._steps:
-            self._steps[key] = simulate_step(
-                work, checkpointing=checkpointing, memory=memory, release=release
-            )
+            self._steps[key] = simulate_step(work, checkpointing=checkpointing, memory=memory, release=release)
         return self._steps[key]
 
     def _validation(self, config: RunConfig) -> int | None:
