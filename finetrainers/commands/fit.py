@@ -172,6 +172,8 @@ def cheapest(
 
     if "training.gradient_checkpointing" not in given:
         config = set_option(config, "training.gradient_checkpointing", "none")
+    if fits(config):
+        return Fitted(config, [])
     measures = _left_to_choose(config, given, check)
     variants = [functools.reduce(_take, measures[:count], config) for count in range(len(measures) + 1)]
     count = bisect_left(variants, True, key=fits)
@@ -180,7 +182,7 @@ def cheapest(
     needed = _needed(config, measures[:count], fits)
     fitted = functools.reduce(_take, needed, config)
     if any(measure.option == "memory.stream_blocks" for measure in needed):
-        fitted = _stream_less(fitted, forecaster.num_blocks(fitted), fits)
+        fitted = _stream_less(fitted, forecaster, limit)
     return Fitted(fitted, _explain(config, fitted, needed, forecaster))
 
 
@@ -249,10 +251,11 @@ def _needed(config: RunConfig, measures: Sequence[Measure], fits: Callable[[RunC
     return needed
 
 
-def _stream_less(config: RunConfig, num_blocks: int, fits: Callable[[RunConfig], bool]) -> RunConfig:
+def _stream_less(config: RunConfig, forecaster: Forecaster, limit: float) -> RunConfig:
     """The config with no more blocks streamed than must be."""
-    variants = [set_option(config, "memory.stream_blocks", count) for count in range(1, num_blocks)]
-    fewest = bisect_left(variants, True, key=fits)
+    counts = range(1, forecaster.num_blocks(config))
+    variants = [set_option(config, "memory.stream_blocks", count) for count in counts]
+    fewest = bisect_left(variants, True, key=lambda variant: forecaster.peak_gib(variant) <= limit)
     return variants[fewest] if fewest < len(variants) else config
 
 
