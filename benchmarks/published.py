@@ -23,16 +23,27 @@ class Published:
     """What its transformer's config has besides the class's own defaults."""
 
     def write(self, folder: Path) -> Path:
-        """Its folder: the published transformer's and VAE's configs, and T5-XXL's width of the text."""
+        """Its folder: the published configs of transformer, VAE and text encoder."""
         TINY[self.row].write(folder)
         for part, changes in (("transformer", self.changes), ("vae", {})):
             config = json.loads((folder / part / "config.json").read_text())
             with torch.device("meta"):
                 getattr(diffusers, config["_class_name"])(**changes).save_config(folder / part)
         text_config = folder / "text_encoder" / "config.json"
-        # T5 and UMT5 say there how wide the text is that the transformer is given.
-        text_config.write_text(json.dumps({**json.loads(text_config.read_text()), "d_model": 4096}))
+        config = json.loads(text_config.read_text())
+        text_config.write_text(json.dumps({**config, **_TEXT_ENCODERS[config["model_type"]]}))
         return folder
+
+
+_T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
+_TEXT_ENCODERS: dict[str, dict[str, Any]] = {
+    "t5": {**_T5_XXL, "vocab_size": 32128},
+    "umt5": {**_T5_XXL, "vocab_size": 256384},
+    "llama": {
+        **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128},
+        **{"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128320},
+    },
+}
 
 
 _COGVIDEOX = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}

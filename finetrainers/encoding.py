@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from finetrainers.engines.base import Engine
 from finetrainers.errors import UnusableClip
 from finetrainers.families.base import Family
 from finetrainers.hashing import digest, generator_for
+from finetrainers.memory.exhausted import free, told
 from finetrainers.memory.quantized import VERSION as QUANTIZED_VERSION
 from finetrainers.text_encoders import load_text_encoders
 from finetrainers.types import Clip, Condition, Problem, Sample
@@ -96,8 +96,12 @@ class Encoder:
         if not due:
             return {}
         unreadable: dict[str, str] = {}
-        encoders = self.family.load_video_encoders(self.engine.device, self.dtype)
-        with self.progress("encoding videos", len(due)) as progress:
+        advice = ("memory.vae_tiling=true", "data.buckets of fewer frames or smaller pictures")
+        with (
+            told("encoding videos", self.engine.device, advice=advice),
+            self.progress("encoding videos", len(due)) as progress,
+        ):
+            encoders = self.family.load_video_encoders(self.engine.device, self.dtype)
             done = 0
             for number, key, clip in self._read_ahead(list(due.items())):
                 if isinstance(clip, UnusableClip):
@@ -110,7 +114,7 @@ class Encoder:
             found = self.engine.gather(unreadable)
             progress.advance(len(due) - done)
         del encoders
-        _free(self.engine.device)
+        free(self.engine.device)
         self._remember("videos", wanted)
         self._remember("conditions", conditions)
         return {key: reason for each in found for key, reason in each.items()}
@@ -146,8 +150,12 @@ class Encoder:
         tokenizers = self.family.load_tokenizers()
         report_captions(self.family, tokenizers, [wanted[key].text for key in missing])
         batches = [missing[start : start + TEXTS_AT_ONCE] for start in range(0, len(missing), TEXTS_AT_ONCE)]
-        encoders = self._load_text_encoders(num_loaders=len(batches))
-        with self.progress("encoding texts", len(missing)) as progress:
+        advice = ("memory.stream_text_encoder=true", "memory.text_encoder_weights=int8")
+        with (
+            told("encoding captions", self.engine.device, advice=advice),
+            self.progress("encoding texts", len(missing)) as progress,
+        ):
+            encoders = self._load_text_encoders(num_loaders=len(batches))
             numbers, done = self.engine.claim(len(batches)), 0
             for number in numbers if self.engine.rank < len(batches) else ():
                 keys = batches[number]
@@ -160,7 +168,7 @@ class Encoder:
             self.engine.wait()
             progress.advance(len(missing) - done)
         del encoders
-        _free(self.engine.device)
+        free(self.engine.device)
         self._remember("texts", wanted)
 
     def _load_text_encoders(self, *, num_loaders: int) -> dict[str, Any]:
@@ -275,9 +283,3 @@ def _read(item: Item) -> Clip | UnusableClip:
         return read_clip(item.record, item.media, item.window, item.bucket)
     except UnusableClip as error:
         return error
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -47,7 +47,7 @@ MEASURES = (
     Measure("memory.vae_tiling", True, "latents that differ a little at the seams of tiles"),
     Measure("optimizer.name", "adamw_8bit", "updates that differ a little"),
     Measure("method.weights_dtype", "bf16", "updates that differ a little"),
-    Measure("memory.base_weights", "fp8", "a base model that differs a little, made whole in every pass"),
+    Measure("memory.base_weights", "int8", "a base model that differs a little, made whole in every pass"),
     Measure("memory.base_weights", "nf4", "a base model that differs more, made whole in every pass"),
 )
 """In the order in which they are taken: first what changes no number, then what does."""
@@ -69,13 +69,14 @@ class MemoryPlan:
     """What a run will hold, and whether that fits."""
 
     phases: list[Phase]
+    """Empty where the family cannot be counted."""
     budget_gib: float | None
     """What tensors may take of the budget; None where there is none."""
     chosen: list[Chosen]
 
     @property
-    def peak_gib(self) -> float:
-        return max(phase.peak for phase in self.phases) / GIB
+    def peak_gib(self) -> float | None:
+        return max((phase.peak / GIB for phase in self.phases), default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON has it."""
@@ -83,12 +84,14 @@ class MemoryPlan:
             "phases": [_in_gib(phase) for phase in self.phases],
             "peak_gib": self.peak_gib,
             "budget_gib": self.budget_gib,
-            "fits": None if self.budget_gib is None else self.peak_gib <= self.budget_gib,
+            "fits": None if self.budget_gib is None or self.peak_gib is None else self.peak_gib <= self.budget_gib,
             "chosen": [asdict(each) for each in self.chosen],
         }
 
     def lines(self) -> list[str]:
         """The plan as people read it."""
+        if not self.phases:
+            return ["memory: cannot be told without the weights"]
         names = ("weights", "gradients", "optimizer", "activations", "peak", "host")
         lines = [f"memory, GiB{'':<5}" + "".join(f"{name:>13}" for name in names)]
         for phase in self.phases:
@@ -125,26 +128,62 @@ def fit(
 
     Raises UserError, saying what would fit, where nothing does.
     """
+    if not family.runs_on_meta:
+        if config.memory.budget is not None:
+            raise UserError(f"memory.budget: what {family.name} holds cannot be told without its weights: leave it out")
+        return config, MemoryPlan([], None, [])
     forecaster = Forecaster(family, config)
     if config.memory.budget is None:
         return config, MemoryPlan(forecaster.phases(config), None, [])
     limit = usable_gib(config.memory.budget)
+    found = cheapest(forecaster, config, limit, given=given, check=check)
+    if isinstance(found, NothingFits):
+        raise UserError(_refusal(family, found.least, limit))
+    return found.config, MemoryPlan(forecaster.phases(found.config), limit, found.chosen)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A config that fits, and the measures that made it."""
+
+    config: RunConfig
+    chosen: list[Chosen]
+
+
+@dataclass(frozen=True)
+class NothingFits:
+    """The config with every measure that was left open."""
+
+    least: RunConfig
+
+
+def cheapest(
+    forecaster: Forecaster,
+    config: RunConfig,
+    limit: float,
+    *,
+    given: Collection[str],
+    check: Callable[[RunConfig], None],
+) -> Fitted | NothingFits:
+    """The first measures that make a config fit so many GiB, and of these only what is needed."""
 
     def fits(variant: RunConfig) -> bool:
-        return forecaster.peak_gib(variant) <= limit
+        return _is_taken(variant, check) and forecaster.peak_gib(variant) <= limit
 
     if "training.gradient_checkpointing" not in given:
         config = set_option(config, "training.gradient_checkpointing", "none")
+    if fits(config):
+        return Fitted(config, [])
     measures = _left_to_choose(config, given, check)
     variants = [functools.reduce(_take, measures[:count], config) for count in range(len(measures) + 1)]
-    needed = bisect_left(variants, True, key=fits)
-    if needed == len(variants):
-        raise UserError(_refusal(family, variants[-1], limit))
-    needed_measures = _needed(config, measures[:needed], fits)
-    fitted = functools.reduce(_take, needed_measures, config)
-    if any(measure.option == "memory.stream_blocks" for measure in needed_measures):
-        fitted = _stream_less(fitted, forecaster.num_blocks(fitted), fits)
-    return fitted, MemoryPlan(forecaster.phases(fitted), limit, _explain(config, fitted, needed_measures, forecaster))
+    count = bisect_left(variants, True, key=fits)
+    if count == len(variants):
+        return NothingFits(variants[-1])
+    needed = _needed(config, measures[:count], fits)
+    fitted = functools.reduce(_take, needed, config)
+    if any(measure.option == "memory.stream_blocks" for measure in needed):
+        fitted = _stream_less(fitted, forecaster, limit)
+    return Fitted(fitted, _explain(config, fitted, needed, forecaster))
 
 
 def _explain(config: RunConfig, fitted: RunConfig, measures: Sequence[Measure], forecaster: Forecaster) -> list[Chosen]:
@@ -163,6 +202,12 @@ def get_option(config: RunConfig, option: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
+def has_option(config: RunConfig, option: str) -> bool:
+    """Whether the run's method has such an option."""
+    section, name = option.split(".")
+    return hasattr(getattr(config, section), name)
+
+
 def set_option(config: RunConfig, option: str, value: Any) -> RunConfig:
     """The config with another value of `section.key`."""
     section, name = option.split(".")
@@ -177,16 +222,22 @@ def _left_to_choose(config: RunConfig, given: Collection[str], check: Callable[[
     """The measures that this run can take, each beside those before it."""
     left = []
     for measure in MEASURES:
-        section, name = measure.option.split(".")
-        if measure.option in given or not hasattr(getattr(config, section), name):
+        if measure.option in given or not has_option(config, measure.option):
             continue
-        try:
-            check(variant := _take(config, measure))
-        except UserError:
-            continue
-        config = variant
-        left.append(measure)
+        variant = _take(config, measure)
+        if _is_taken(variant, check):
+            config = variant
+            left.append(measure)
     return left
+
+
+def _is_taken(config: RunConfig, check: Callable[[RunConfig], None]) -> bool:
+    """Whether the run takes these options together."""
+    try:
+        check(config)
+    except UserError:
+        return False
+    return True
 
 
 def _needed(config: RunConfig, measures: Sequence[Measure], fits: Callable[[RunConfig], bool]) -> list[Measure]:
@@ -200,10 +251,11 @@ def _needed(config: RunConfig, measures: Sequence[Measure], fits: Callable[[RunC
     return needed
 
 
-def _stream_less(config: RunConfig, num_blocks: int, fits: Callable[[RunConfig], bool]) -> RunConfig:
+def _stream_less(config: RunConfig, forecaster: Forecaster, limit: float) -> RunConfig:
     """The config with no more blocks streamed than must be."""
-    variants = [set_option(config, "memory.stream_blocks", count) for count in range(1, num_blocks)]
-    fewest = bisect_left(variants, True, key=fits)
+    counts = range(1, forecaster.num_blocks(config))
+    variants = [set_option(config, "memory.stream_blocks", count) for count in counts]
+    fewest = bisect_left(variants, True, key=lambda variant: forecaster.peak_gib(variant) <= limit)
     return variants[fewest] if fewest < len(variants) else config
 
 

@@ -14,6 +14,7 @@ from finetrainers.commands.fit import fit, given_options
 from finetrainers.config.schema import ParallelConfig, RunConfig
 from finetrainers.engines.base import Engine
 from finetrainers.engines.build import build_engine, pick_strategy
+from finetrainers.errors import UserError
 from finetrainers.families.base import Family
 from finetrainers.memory.report import device_gib
 from finetrainers.optimizers.build import can_be_shared, check_optimizer
@@ -86,8 +87,28 @@ def check_options(family: Family, config: RunConfig, engine: Engine) -> None:
         shares=engine.shares,
         num_processes=engine.world_size,
     )
+    check_rescue(config, engine)
     checkpointing = config.training.gradient_checkpointing
     check_streaming(build_method(family, config), engine, config.memory, checkpointing=checkpointing)
+
+
+def check_rescue(config: RunConfig, engine: Engine) -> None:
+    """Refuse to repeat steps where a failed one leaves something behind, and gradients that nobody applies."""
+    optimizer, memory = config.optimizer, config.memory
+    if memory.on_oom == "adapt" and engine.world_size > 1:
+        raise UserError(
+            "memory.on_oom adapt is for one process, because the others would wait for the one that repeats its step: "
+            "take memory.budget auto, which chooses before the run, or leave it out"
+        )
+    if memory.on_oom == "adapt" and optimizer.in_backward:
+        raise UserError(
+            "memory.on_oom adapt cannot repeat a step of which optimizer.in_backward has applied a part: leave one out"
+        )
+    if memory.stream_blocks and optimizer.in_backward and config.method.name == "full":
+        raise UserError(
+            "optimizer.in_backward has no gradients to apply on the device where memory.stream_blocks sends those of "
+            "streamed blocks to the host: leave one out"
+        )
 
 
 def weights_dtype(config: RunConfig) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict
 from json import dumps
@@ -10,10 +11,14 @@ from typing import Any
 import torch
 
 from finetrainers.commands.completing import build_method, complete
+from finetrainers.commands.fit import fit, given_options
+from finetrainers.commands.fit_table import build_table, table_lines
+from finetrainers.commands.opening import check_options
 from finetrainers.config.load import resolved_conditions
 from finetrainers.config.schema import RunConfig
 from finetrainers.data.dataset import cache_folder, open_dataset
 from finetrainers.data.index import FileIndex
+from finetrainers.engines.single import SingleEngine
 from finetrainers.folder import RunFolder
 from finetrainers.methods.base import Method
 from finetrainers.planning import BucketPlan, Plan, count_parameters, plan_buckets, plan_run
@@ -22,10 +27,17 @@ from finetrainers.training.measures import save_activations
 from finetrainers.training.progress import phase_progress
 
 
-def plan(config: RunConfig, *, json: bool, nodes: int | None, gpus_per_node: int) -> int:
-    """Print the plan, and with `nodes` the time of a step on them; no weights are read, and nothing is written but the
-    index of the clips."""
+def plan(config: RunConfig, *, json: bool, nodes: int | None, gpus_per_node: int, table: bool) -> int:
+    """Print the plan, and with `nodes` the time of a step on them, or with `table` what each card needs instead; no
+    weights are read, and nothing is written but the index of the clips."""
+    given = given_options(config)
+    if table:
+        rows = build_table(config, given=given, check=functools.partial(check_options, engine=SingleEngine()))
+        print(dumps([row.as_dict() for row in rows], indent=2) if json else "\n".join(table_lines(rows)))
+        return 0
     family, config = complete(config, weights=False)
+    check = functools.partial(check_options, family, engine=SingleEngine())
+    config, memory = fit(family, config, given=given, check=check)
     folder = cache_folder(config.data, RunFolder(config.output).cache)
     dataset = open_dataset(config.data, FileIndex(folder / "files.json"), phase_progress)
     method = build_method(family, config)
@@ -43,7 +55,8 @@ def plan(config: RunConfig, *, json: bool, nodes: int | None, gpus_per_node: int
         method=config.method.name,
         options=config.training,
     )
-    answer, lines = made.as_dict(), _plan_lines(made)
+    answer = made.as_dict() | {"memory": memory.as_dict()}
+    lines = [*_plan_lines(made), *memory.lines()]
     if nodes is not None:
         # Every step waits for the process with the largest batch; with many processes there nearly always is one.
         bucket = max(made.buckets, key=lambda each: each.training_tflop or 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetrainers.commands.completing import DTYPES
+from finetrainers.commands.fit import MEASURES, get_option, has_option
 from finetrainers.commands.opening import open_run
 from finetrainers.commands.precompute import Prepared, encode
 from finetrainers.config.load import dump_config, identity, resolved_buckets, resolved_conditions
@@ -26,6 +27,7 @@ from finetrainers.training.metrics import MetricsFile
 from finetrainers.training.models import load_models
 from finetrainers.training.progress import ProgressLine
 from finetrainers.training.random_state import seed_random_state
+from finetrainers.training.rescue import Rescue
 from finetrainers.training.saving import WeightsSaver
 from finetrainers.training.schedule import build_schedule
 from finetrainers.training.signals import StopSignals
@@ -74,6 +76,7 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
             engine=engine,
             callbacks=build_callbacks(prepared, checkpointer),
             stop_requested=signals.requested,
+            rescue=build_rescue(config),
             **config.training.model_dump(include=_TRAINING_SETTINGS),
         )
         if resume != "never":
@@ -117,6 +120,21 @@ def set_aside(run: RunFolder) -> None:
         for path in present:
             path.rename(target / path.name)
         logger.info("what the earlier run left was moved to %s", target)
+
+
+def build_rescue(config: RunConfig) -> Rescue:
+    """What is done when a step exhausts the memory."""
+    left = [
+        f"{measure.option}={str(measure.value).lower()}"
+        for measure in MEASURES
+        if has_option(config, measure.option) and get_option(config, measure.option) not in (measure.value, "full")
+    ]
+    return Rescue(
+        checkpointing=str(config.training.gradient_checkpointing),
+        offload=config.memory.offload_activations,
+        adapts=config.memory.on_oom == "adapt",
+        advice=[*left, "data.buckets of fewer frames or smaller pictures"],
+    )
 
 
 def build_drawer(prepared: Prepared, samples: list[Sample]) -> BatchDrawer:

@@ -8,9 +8,13 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,42 @@ def device_gib() -> float:
     return whole / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+@dataclass(frozen=True)
+class Held:
+    """Bytes on the device, by what they are."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """By name, those that there are."""
+        return {name: size for name, size in asdict(self).items() if size}
+
+
+def held(models: Iterable[nn.Module], optimizer: torch.optim.Optimizer, device: torch.device) -> Held:
+    """What this process's device holds of models that are trained."""
+    parameters = {id(parameter): parameter for model in models for parameter in model.parameters()}
+    buffers = {id(buffer): buffer for model in models for buffer in model.buffers()}
+    state = {id(value): value for entry in optimizer.state.values() for value in entry.values()}
+    return Held(
+        weights=_bytes_on(device, [*parameters.values(), *buffers.values()]),
+        gradients=_bytes_on(device, [each.grad for each in parameters.values()]),
+        optimizer=_bytes_on(device, state.values()),
+    )
+
+
+def _bytes_on(device: torch.device, values: Iterable[Any]) -> int:
+    """Of what a process holds: of sharded tensors its share."""
+    tensors = [value.to_local() if hasattr(value, "to_local") else value for value in values if torch.is_tensor(value)]
+    return sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
+
+
 class MemoryReport:
     """Writes a row per phase of a run, so that one can see which of them sets the peak."""
 
@@ -53,13 +93,16 @@ class MemoryReport:
         self._device = device
         self._begun = time.monotonic()
 
-    def phase(self, name: str) -> None:
-        """Write down what the phase that ends here held, and begin a new peak for the next (on a CUDA device)."""
+    def phase(self, name: str, held: Held | None = None) -> None:
+        """Write down what the phase that ends here held, by part where those are given, and begin a new peak for the
+        next (on a CUDA device)."""
         row: dict[str, str | float] = {
             "phase": name,
             "allocated_gib": allocated_gib(self._device),
             "peak_gib": peak_memory_gib(self._device),
         }
+        if held is not None:
+            row |= {f"{part}_gib": size / _GIB for part, size in asdict(held).items()}
         if self._device.type == "cuda":
             row["reserved_gib"] = torch.cuda.memory_reserved(self._device) / _GIB
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -69,4 +112,5 @@ class MemoryReport:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        logger.info("Memory, %s: %.2f GiB held, %.2f GiB at most", name, row["allocated_gib"], row["peak_gib"])
+        parts = "" if held is None else "".join(f", {part} {size / _GIB:.2f}" for part, size in held.parts.items())
+        logger.info("Memory, %s: %.2f GiB held%s, %.2f GiB at most", name, row["allocated_gib"], parts, row["peak_gib"])

@@ -13,8 +13,11 @@ from torch import Tensor
 from finetrainers.data.batch import BatchStream, Drawn, map_tensors
 from finetrainers.engines.base import Engine, Loss
 from finetrainers.hashing import seed_for
+from finetrainers.memory.exhausted import free, is_exhausted, told
+from finetrainers.memory.report import Held, held
 from finetrainers.methods.base import Method
 from finetrainers.training.callback import Callback
+from finetrainers.training.rescue import Rescue
 from finetrainers.training.state import StepOutcome, TrainState
 from finetrainers.types import Batch
 
@@ -36,6 +39,8 @@ class Trainer:
     gradient_accumulation_steps: int
     max_grad_norm: float
     seed: int
+    rescue: Rescue = field(default_factory=Rescue)
+    """What is done when a step exhausts the memory."""
     stop_requested: Callable[[], bool] = lambda: False
     state: TrainState = field(default_factory=TrainState)
     _asked: bool = field(default=False, init=False)
@@ -79,18 +84,10 @@ class Trainer:
         drawn = [next(stream) for _ in range(self.gradient_accumulation_steps)]
         data_time = time.perf_counter() - begun
         num_samples = sum(each.num_samples for each in drawn)
-        shares = []
-        for each in drawn:
-            # The only draws not made with the batch are a method's own, such as LoRA dropout; of a batch that is split
-            # each process draws for its tokens.
-            seed = seed_for(self.seed, "pass", each.position) + self.engine.context_rank
-            self.engine.generator.manual_seed(seed)
-            with self.engine.accumulate(is_last=each is drawn[-1]):
-                share = self._spread(self._to_device(each.batch)).sum() / num_samples
-                self.engine.backward(share)
-            shares.append(share.detach())
+        shares = self._passes(drawn, num_samples)
         lr = self.optimizer.param_groups[0]["lr"]
-        grad_norm = self.engine.step()
+        with told("the optimizer's step", self.device, advice=self.rescue.advice, held=self.held):
+            grad_norm = self.engine.step()
         self.schedule.step()
         self.state.step += 1
         self.state.batches += len(drawn) * self.engine.data_size
@@ -107,6 +104,33 @@ class Trainer:
             # Of this process; the others' are as many but for the last batches of an epoch.
             num_tokens=sum(each.batch.num_tokens for each in drawn) * self.engine.data_size,
         )
+
+    def _passes(self, drawn: Sequence[Drawn], num_samples: int) -> list[Tensor]:
+        """The forward and backward pass of each batch, which leaves gradients; this process's shares of the loss. Where
+        memory runs out they are done again, with the same noise, if a measure could be taken."""
+        while True:
+            try:
+                return [self._pass(each, num_samples, is_last=each is drawn[-1]) for each in drawn]
+            except RuntimeError as error:
+                if not is_exhausted(error):
+                    raise
+                self.rescue.take(self, error)
+            # Not before here has Python let go of the error, and with it of the pass that failed.
+            free(self.device)
+
+    def _pass(self, drawn: Drawn, num_samples: int, *, is_last: bool) -> Tensor:
+        # The only draws not made with the batch are a method's own, such as LoRA dropout; of a batch that is split each
+        # process draws for its tokens.
+        seed = seed_for(self.seed, "pass", drawn.position) + self.engine.context_rank
+        self.engine.generator.manual_seed(seed)
+        with self.engine.accumulate(is_last=is_last):
+            share = self._spread(self._to_device(drawn.batch)).sum() / num_samples
+            self.engine.backward(share)
+        return share.detach()
+
+    def held(self) -> Held:
+        """What the device holds for training, by part."""
+        return held(self.models.values(), self.optimizer, self.device)
 
     def _is_asked_to_stop(self) -> bool:
         """Whether any process was, so that all end after the same step."""

@@ -20,6 +20,7 @@ from finetrainers.data.scan import Item
 from finetrainers.data.video import write_video
 from finetrainers.families.base import Family, SamplingOptions
 from finetrainers.folder import RunFolder, slug, step_name, write_atomically
+from finetrainers.memory.exhausted import told
 from finetrainers.training.callback import Callback
 from finetrainers.training.metrics import MetricsFile
 from finetrainers.training.state import StepOutcome
@@ -165,7 +166,8 @@ class Validation(Callback):
     def _validate(self, trainer: Trainer) -> None:
         trainer.set_training(False)
         metrics, videos = {}, {}
-        with torch.no_grad():
+        advice = ("memory.vae_tiling=true", "a smaller validation.bucket", "validation.num_videos=0")
+        with torch.no_grad(), told("validation", trainer.device, advice=advice, held=trainer.held):
             if self.held_out is not None:
                 metrics["validation_loss"] = self.held_out.measure(trainer)
                 logger.info("step %d: validation loss %.5f", trainer.state.step, metrics["validation_loss"])
