@@ -16,24 +16,19 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.published import PUBLISHED  # noqa: E402
 from finetrainers.commands.completing import build_method, complete  # noqa: E402
 from finetrainers.commands.plan import step_work  # noqa: E402
 from finetrainers.config.load import build_config  # noqa: E402
 from finetrainers.planning import BucketPlan, count_flop  # noqa: E402
 from finetrainers.scaling import Cluster, Work, predict  # noqa: E402
 from finetrainers.types import Bucket, Condition  # noqa: E402
-from tests.families.full_size import write_full_size  # noqa: E402
 
-# The tiny model whose other parts are taken, what differs from the transformer class's own defaults, and a size.
-MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "LTX-Video 2B": ("ltx-0.9.0", {}, "49x512x768"),
-    "CogVideoX-5b": (
-        "cogvideox-5b",
-        {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
-        "49x480x720",
-    ),
-    "HunyuanVideo 13B": ("hunyuan", {}, "49x512x768"),
-    "Wan 2.1 14B": ("wan-2.1", {}, "49x480x832"),
+SIZES = {
+    "LTX-Video 2B": "49x512x768",
+    "CogVideoX-5b": "49x480x720",
+    "HunyuanVideo 13B": "49x512x768",
+    "Wan 2.1 14B": "49x480x832",
 }
 ENGINES = ("ddp", "fsdp", "fsdp hybrid")
 NODES = (1, 8, 64)
@@ -42,8 +37,8 @@ NODES = (1, 8, 64)
 def count_work(name: str, method_name: str) -> Work:
     """What a step of one clip asks of each GPU, with every other option left out."""
     with tempfile.TemporaryDirectory() as folder:
-        write_full_size(*MODELS[name][:2], Path(folder) / "model")
-        size = MODELS[name][2]
+        PUBLISHED[name].write(Path(folder) / "model")
+        size = SIZES[name]
         settings = {
             "model": {"path": f"{folder}/model"},
             "data": {"train": folder, "buckets": [size]},
@@ -69,14 +64,14 @@ def table() -> Iterator[str]:
     columns = [f"s on {8 * nodes} GPUs" for nodes in NODES]
     yield " | ".join(["| model, size", "method", "TFLOP", *columns, "efficiency on 512", "held GiB on 8 |"])
     yield "| --- | --- |" + " ---: |" * (len(columns) + 3)
-    for name in MODELS:
+    for name in SIZES:
         for method in ("lora", "full"):
             work = count_work(name, method)
             made = [[predict(engine, work, Cluster(nodes)) for engine in ENGINES] for nodes in NODES]
             cells = [" / ".join(f"{each.step_seconds:#.3g}" for each in row) for row in made]
             cells.append(" / ".join(f"{each.efficiency:.1%}" for each in made[-1]))
             cells.append(" / ".join(f"{each.state_bytes / 2**30:.3g}" for each in made[0]))
-            yield f"| {name}, {MODELS[name][2]} | {method} | {work.training_tflop:,.0f} | {' | '.join(cells)} |"
+            yield f"| {name}, {SIZES[name]} | {method} | {work.training_tflop:,.0f} | {' | '.join(cells)} |"
 
 
 def main() -> None:

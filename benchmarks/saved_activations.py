@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path.insert(0, str(ROOT))
 
-from predicted import MODELS  # noqa: E402
-
+from benchmarks.predicted import SIZES  # noqa: E402
+from benchmarks.published import PUBLISHED  # noqa: E402
 from finetrainers.commands.completing import build_method, complete  # noqa: E402
 from finetrainers.config.load import build_config  # noqa: E402
 from finetrainers.memory.simulation import HOST, LiveBytes, peak_bytes  # noqa: E402
 from finetrainers.training.measures import save_activations  # noqa: E402
 from finetrainers.training.simulated import blank_batch, simulated_models  # noqa: E402
 from finetrainers.types import Bucket, Condition  # noqa: E402
-from tests.families.full_size import write_full_size  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "saved_activations.json"
 METHODS = {"lora": {"name": "lora", "rank": 128}, "full": {"name": "full"}}
@@ -38,9 +37,9 @@ def count(name: str, method_name: str, way: str) -> dict[str, float]:
     """One entry: GiB and units of bytes kept after the forward pass; a unit is a block's hidden states of the video in
     bf16."""
     word, _, offloaded = way.partition(" + ")
-    row, changes, size = MODELS[name]
+    size = SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
-        write_full_size(row, changes, Path(folder) / "model")
+        PUBLISHED[name].write(Path(folder) / "model")
         settings: dict[str, Any] = {
             "model": {"path": f"{folder}/model"},
             "data": {"train": folder, "buckets": [size]},
@@ -73,7 +72,7 @@ def table(entries: dict[str, dict[str, float]]) -> Iterator[str]:
     """Lines of markdown: units a block, and GiB kept on the device, of it at the peak, and on the host."""
     yield "| model, size, method | " + " | ".join(WAYS) + " |"
     yield "| --- |" + " ---: |" * len(WAYS)
-    for name, (_, _, size) in MODELS.items():
+    for name, size in SIZES.items():
         for method in METHODS:
             row = [entries.get(f"{name}, {method}, {way}") for way in WAYS]
             cells = ["" if entry is None else _cell(entry) for entry in row]
@@ -90,7 +89,7 @@ def main(names: list[str]) -> None:
     """Count all, or these models anew, and write them down."""
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"entries": {}}
     results["versions"] = {package: version(package) for package in ("torch", "diffusers", "peft")}
-    for name in names or MODELS:
+    for name in names or SIZES:
         for method in METHODS:
             for way in WAYS:
                 results["entries"][f"{name}, {method}, {way}"] = count(name, method, way)

@@ -97,6 +97,9 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus-per-node", type=_positive, default=8, metavar="N", help="GPUs of each of --nodes (default 8)"
     )
+    parser.add_argument(
+        "--table", action="store_true", help="instead, what each size of card needs, for LoRA and full fine-tuning"
+    )
 
 
 def _sample_options(parser: argparse.ArgumentParser) -> None:

@@ -136,22 +136,54 @@ def fit(
     if config.memory.budget is None:
         return config, MemoryPlan(forecaster.phases(config), None, [])
     limit = usable_gib(config.memory.budget)
+    found = cheapest(forecaster, config, limit, given=given, check=check)
+    if isinstance(found, NothingFits):
+        raise UserError(_refusal(family, found.least, limit))
+    return found.config, MemoryPlan(forecaster.phases(found.config), limit, found.chosen)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A config that fits, and the measures that made it."""
+
+    config: RunConfig
+    chosen: list[Chosen]
+
+
+@dataclass(frozen=True)
+class NothingFits:
+    """The config with every measure that was left open."""
+
+    least: RunConfig
+
+
+def cheapest(
+    forecaster: Forecaster,
+    config: RunConfig,
+    limit: float,
+    *,
+    given: Collection[str],
+    check: Callable[[RunConfig], None],
+) -> Fitted | NothingFits:
+    """The first measures that make a config fit so many GiB, and of these only what is needed."""
 
     def fits(variant: RunConfig) -> bool:
-        return forecaster.peak_gib(variant) <= limit
+        return _is_taken(variant, check) and forecaster.peak_gib(variant) <= limit
 
     if "training.gradient_checkpointing" not in given:
         config = set_option(config, "training.gradient_checkpointing", "none")
+    if fits(config):
+        return Fitted(config, [])
     measures = _left_to_choose(config, given, check)
     variants = [functools.reduce(_take, measures[:count], config) for count in range(len(measures) + 1)]
-    needed = bisect_left(variants, True, key=fits)
-    if needed == len(variants):
-        raise UserError(_refusal(family, variants[-1], limit))
-    needed_measures = _needed(config, measures[:needed], fits)
-    fitted = functools.reduce(_take, needed_measures, config)
-    if any(measure.option == "memory.stream_blocks" for measure in needed_measures):
-        fitted = _stream_less(fitted, forecaster.num_blocks(fitted), fits)
-    return fitted, MemoryPlan(forecaster.phases(fitted), limit, _explain(config, fitted, needed_measures, forecaster))
+    count = bisect_left(variants, True, key=fits)
+    if count == len(variants):
+        return NothingFits(variants[-1])
+    needed = _needed(config, measures[:count], fits)
+    fitted = functools.reduce(_take, needed, config)
+    if any(measure.option == "memory.stream_blocks" for measure in needed):
+        fitted = _stream_less(fitted, forecaster, limit)
+    return Fitted(fitted, _explain(config, fitted, needed, forecaster))
 
 
 def _explain(config: RunConfig, fitted: RunConfig, measures: Sequence[Measure], forecaster: Forecaster) -> list[Chosen]:
@@ -192,13 +224,20 @@ def _left_to_choose(config: RunConfig, given: Collection[str], check: Callable[[
     for measure in MEASURES:
         if measure.option in given or not has_option(config, measure.option):
             continue
-        try:
-            check(variant := _take(config, measure))
-        except UserError:
-            continue
-        config = variant
-        left.append(measure)
+        variant = _take(config, measure)
+        if _is_taken(variant, check):
+            config = variant
+            left.append(measure)
     return left
+
+
+def _is_taken(config: RunConfig, check: Callable[[RunConfig], None]) -> bool:
+    """Whether the run takes these options together."""
+    try:
+        check(config)
+    except UserError:
+        return False
+    return True
 
 
 def _needed(config: RunConfig, measures: Sequence[Measure], fits: Callable[[RunConfig], bool]) -> list[Measure]:
@@ -212,10 +251,11 @@ def _needed(config: RunConfig, measures: Sequence[Measure], fits: Callable[[RunC
     return needed
 
 
-def _stream_less(config: RunConfig, num_blocks: int, fits: Callable[[RunConfig], bool]) -> RunConfig:
+def _stream_less(config: RunConfig, forecaster: Forecaster, limit: float) -> RunConfig:
     """The config with no more blocks streamed than must be."""
-    variants = [set_option(config, "memory.stream_blocks", count) for count in range(1, num_blocks)]
-    fewest = bisect_left(variants, True, key=fits)
+    counts = range(1, forecaster.num_blocks(config))
+    variants = [set_option(config, "memory.stream_blocks", count) for count in counts]
+    fewest = bisect_left(variants, True, key=lambda variant: forecaster.peak_gib(variant) <= limit)
     return variants[fewest] if fewest < len(variants) else config
 
 

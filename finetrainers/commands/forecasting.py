@@ -62,13 +62,14 @@ class Forecaster:
 
     def _step(self, config: RunConfig) -> Step:
         memory, checkpointing = config.memory, str(config.training.gradient_checkpointing)
-        release = config.optimizer.in_backward
+        work = self._work(config)
+        # Gradients of streamed blocks leave the device as they come, too.
+        leave = bool(memory.stream_blocks) and not work.method.saves_trained_only
+        release = config.optimizer.in_backward or leave
         computed = (checkpointing, memory.offload_activations, memory.base_weights, release)
         key = str((config.method, *computed))
         if key not in self._steps:
-            self._steps[key] = simulate_step(
-                self._work(config), checkpointing=checkpointing, memory=memory, release=release
-            )
+            self._steps[key] = simulate_step(work, checkpointing=checkpointing, memory=memory, release=release)
         return self._steps[key]
 
     def _validation(self, config: RunConfig) -> int | None:

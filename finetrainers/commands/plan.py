@@ -12,6 +12,7 @@ import torch
 
 from finetrainers.commands.completing import build_method, complete
 from finetrainers.commands.fit import fit, given_options
+from finetrainers.commands.fit_table import build_table, table_lines
 from finetrainers.commands.opening import check_options
 from finetrainers.config.load import resolved_conditions
 from finetrainers.config.schema import RunConfig
@@ -26,10 +27,14 @@ from finetrainers.training.measures import save_activations
 from finetrainers.training.progress import phase_progress
 
 
-def plan(config: RunConfig, *, json: bool, nodes: int | None, gpus_per_node: int) -> int:
-    """Print the plan, and with `nodes` the time of a step on them; no weights are read, and nothing is written but the
-    index of the clips."""
+def plan(config: RunConfig, *, json: bool, nodes: int | None, gpus_per_node: int, table: bool) -> int:
+    """Print the plan, and with `nodes` the time of a step on them, or with `table` what each card needs instead; no
+    weights are read, and nothing is written but the index of the clips."""
     given = given_options(config)
+    if table:
+        rows = build_table(config, given=given, check=functools.partial(check_options, engine=SingleEngine()))
+        print(dumps([row.as_dict() for row in rows], indent=2) if json else "\n".join(table_lines(rows)))
+        return 0
     family, config = complete(config, weights=False)
     check = functools.partial(check_options, family, engine=SingleEngine())
     config, memory = fit(family, config, given=given, check=check)

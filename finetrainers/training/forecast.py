@@ -3,7 +3,7 @@ that have shapes and types but no memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from finetrainers.families.base import Family
 from finetrainers.memory.layout import footprint, spread
 from finetrainers.memory.simulation import HOST, SIMULATED, LiveBytes, Peak, simulation
 from finetrainers.methods.base import Method
-from finetrainers.optimizers.size import state_bytes
+from finetrainers.optimizers.size import StateBytes, state_bytes
 from finetrainers.training.measures import lower_precision, save_activations
 from finetrainers.training.simulated import blank_batch, meta_models, simulated_models
 from finetrainers.training.timeline import Segment, Stretch, Timeline, stretched
@@ -129,43 +129,57 @@ def _watched(method: Method, models: Mapping[str, nn.Module], batch: Batch) -> l
 def training_phases(step: Step, validation: int | None, *, memory: Any, optimizer: Any, shards: int = 1) -> list[Phase]:
     """A step, a validation where there is one, and a checkpoint; `memory` and `optimizer` are those sections of the
     config. Each of `shards` processes holds its part of weights, gradients and optimizer state."""
-    held, trained = _held(step, memory), list(step.method.trained(step.models).values())
-    gradients = sum(parameter.nbytes for parameter in trained) // shards
-    state = state_bytes(
-        optimizer.name,
-        [tuple(parameter.shape) for parameter in trained],
-        offload=optimizer.offload,
-        bf16_weights=any(parameter.dtype == torch.bfloat16 for parameter in trained),
-    )
-    weights, kept = held.device // shards, state.device // shards
-    height = max(step.height.peak, gradients) + state.update
+    weights = _weights(step, memory)
+    trained = step.method.trained(step.models).values()
+    here = [parameter for parameter in trained if id(parameter) not in weights.streamed]
+    there = [parameter for parameter in trained if id(parameter) in weights.streamed]
+    gradients = sum(parameter.nbytes for parameter in here) // shards
+    state, away = (_state(parameters, optimizer) for parameters in (here, there))
+    kept = state.device // shards
+    # Gradients of streamed blocks leave as they come, and those that stay are added to what is then there.
+    height = max(step.height.peak + (gradients if there else 0), gradients) + state.update
     # Before the backward pass has made gradients, or after: whichever is more.
     activations = max(height - gradients, step.height.after_forward)
-    host = held.host + state.host
-    phases = [Phase("train", weights, gradients, kept, activations, weights + kept + height, host)]
+    host = weights.host + state.host + away.device + away.host
+    device = weights.device // shards
+    phases = [Phase("train", device, gradients, kept, activations, device + kept + height, host)]
     if validation is not None:
-        phases.append(_phase("validate", weights, validation, optimizer=kept, host=host))
-    return [*phases, _phase("save", weights, 0, optimizer=kept, host=host)]
+        phases.append(_phase("validate", device, validation, optimizer=kept, host=host))
+    return [*phases, _phase("save", device, 0, optimizer=kept, host=host)]
+
+
+def _state(parameters: Sequence[nn.Parameter], optimizer: Any) -> StateBytes:
+    return state_bytes(
+        optimizer.name,
+        [tuple(parameter.shape) for parameter in parameters],
+        offload=optimizer.offload,
+        bf16_weights=any(parameter.dtype == torch.bfloat16 for parameter in parameters),
+    )
 
 
 @dataclass(frozen=True)
-class _Held:
+class _Weights:
+    """Bytes of the weights, and which parameters lie on the host and move from there."""
+
     device: int
     host: int
+    streamed: frozenset[int]
 
 
-def _held(step: Step, memory: Any) -> _Held:
-    """Where the weights lie."""
+def _weights(step: Step, memory: Any) -> _Weights:
     if not memory.stream_blocks:
-        return _Held(_bytes_of(step.models.values()), 0)
+        return _Weights(_bytes_of(step.models.values()), 0, frozenset())
     trained_too = not step.method.saves_trained_only
     device = host = 0
+    streamed: set[int] = set()
     for name, model in step.models.items():
         every = step.method.family.blocks(name, model) if name.startswith("transformer") else []
-        count = len(every) if memory.stream_blocks == "all" else memory.stream_blocks
-        size = footprint(model, spread(every, count) if every else [], trained_too=trained_too)
+        blocks = spread(every, len(every) if memory.stream_blocks == "all" else memory.stream_blocks) if every else []
+        size = footprint(model, blocks, trained_too=trained_too)
         device, host = device + size.resident + size.ring, host + size.host
-    return _Held(device, host)
+        if trained_too:
+            streamed |= {id(parameter) for block in blocks for parameter in block.parameters()}
+    return _Weights(device, host, frozenset(streamed))
 
 
 def _phase(name: str, weights: int, height: int, *, optimizer: int = 0, host: int = 0) -> Phase:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetrainers.commands.precompute import complete
+from finetrainers.commands.completing import complete
 from finetrainers.config.load import load_config
 from finetrainers.errors import UserError
 from finetrainers.folder import read_rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,21 @@ from torch.distributed import TCPStore
 from tests.end_to_end.runs import SERVER, written_to
 
 
-def run_together(count: int, commands: Sequence[Sequence[Any]], log: Path) -> str:
+def nothing() -> None:
+    """What processes do before their first command, unless said otherwise."""
+
+
+def run_together(
+    count: int, commands: Sequence[Sequence[Any]], log: Path, *, before: Callable[[], None] = nothing
+) -> str:
     """Run `finetrainers COMMAND` on so many processes, one command after the other in the same processes; returns what
     all of them said."""
     # As torchrun's agent does, so that each command's processes can find each other at the same place.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     arguments = [[str(word) for word in command] for command in commands]
     children = [
-        SERVER.Process(target=_child, args=(rank, count, store.port, arguments, str(log))) for rank in range(count)
+        SERVER.Process(target=_child, args=(rank, count, store.port, arguments, str(log), before))
+        for rank in range(count)
     ]
     for child in children:
         child.start()
@@ -34,7 +41,7 @@ def run_together(count: int, commands: Sequence[Sequence[Any]], log: Path) -> st
     return said
 
 
-def _child(rank: int, count: int, port: int, commands: list[list[str]], log: str) -> None:
+def _child(rank: int, count: int, port: int, commands: list[list[str]], log: str, before: Callable[[], None]) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -47,6 +54,7 @@ def _child(rank: int, count: int, port: int, commands: list[list[str]], log: str
     from finetrainers.cli import main
 
     with written_to(log):
+        before()
         for number, command in enumerate(commands):
             os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
             if "parallel.strategy=deepspeed" in command:

@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.published import PUBLISHED
 from finetrainers.planning import count_flop
 from finetrainers.types import Bucket, Condition
-from tests.families.full_size import write_full_size
 from tests.families.tiny import TINY
 
-COGVIDEOX = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
-COGVIDEOX_1_5 = {
-    **COGVIDEOX,
-    **{"patch_size_t": 2, "patch_bias": False, "sample_height": 300, "sample_width": 300, "sample_frames": 81},
+# A size, its tokens (counted by hand: latent frames x height x width over the patch), and the operations of its layers.
+MODELS = {
+    "LTX-Video 2B": ("49x512x768", 7 * 16 * 24, "cross"),
+    "HunyuanVideo 13B": ("49x544x960", 13 * 34 * 60, "streams"),
+    "CogVideoX-5b": ("49x480x720", 13 * 30 * 45, "joint"),
+    "CogVideoX1.5-5B": ("81x768x1360", 11 * 48 * 85, "joint"),
+    "Wan 2.1 1.3B": ("81x480x832", 21 * 30 * 52, "cross"),
 }
-# Row of the tiny model, what differs from the transformer class's own defaults, a size, its tokens (counted by hand:
-# latent frames x height x width over the patch), and the operations of its layers.
-MODELS: dict[str, tuple[str, dict[str, Any], str, int, str]] = {
-    "LTX-Video 2B": ("ltx-0.9.0", {}, "49x512x768", 7 * 16 * 24, "cross"),
-    "HunyuanVideo": ("hunyuan", {}, "49x544x960", 13 * 34 * 60, "streams"),
-    "CogVideoX-5b": ("cogvideox-5b", COGVIDEOX, "49x480x720", 13 * 30 * 45, "joint"),
-    "CogVideoX1.5-5B": ("cogvideox-1.5", COGVIDEOX_1_5, "81x768x1360", 11 * 48 * 85, "joint"),
-    "Wan 2.1 1.3B": (
-        "wan-2.1",
-        {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
-        "81x480x832",
-        21 * 30 * 52,
-        "cross",
-    ),
-}
-
-
-def open_full_size(name: str, folder: Path):
-    """The tiny model's family with the published transformer's config in its folder."""
-    row, changes, *_ = MODELS[name]
-    write_full_size(row, changes, folder)
-    return TINY[row].open(folder)
 
 
 def work_of_blocks(config: Any, kind: str, *, video: int, text: int) -> float:
@@ -64,8 +44,9 @@ def work_of_blocks(config: Any, kind: str, *, video: int, text: int) -> float:
 @pytest.mark.parametrize("name", MODELS)
 def test_plan_knows_tokens_and_work(name, tmp_path):
     """All but a few parts in a hundred lie in the blocks; embeddings, modulation and projections are the rest."""
-    _, _, size, tokens, kind = MODELS[name]
-    family, bucket = open_full_size(name, tmp_path / "model"), Bucket.parse(size)
+    size, tokens, kind = MODELS[name]
+    family = TINY[PUBLISHED[name].row].open(PUBLISHED[name].write(tmp_path / "model"))
+    bucket = Bucket.parse(size)
     assert family.num_tokens(bucket) == tokens
     with torch.device("meta"):
         models = family.build_transformers()

@@ -1,0 +1,1 @@
+"""What is measured of finetrainers, each script by itself; README.md tells how."""
