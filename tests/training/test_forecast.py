@@ -160,10 +160,14 @@ def test_streamed_blocks(folders, tmp_path, options, count):
     model = real.models["transformer"]
     blocks = method.family.blocks("transformer", model)
     size = footprint(model, spread(blocks, len(blocks) if count == "all" else count), trained_too=options is not None)
-    assert (train.weights, train.host) == (size.resident + size.ring, size.host)
+    # Of what is trained there, gradients and the optimizer's state lie on the host too.
+    moved = [each for block in blocks for each in block.parameters()] if options is not None and count == "all" else []
+    assert train.weights == size.resident + size.ring
+    if options is None or moved:
+        assert train.host == size.host + sum(2 * each.nbytes + 4 for each in moved)
     whole, _ = forecast(work_of(method, row), MemoryConfig(), optimizer_options("adamw"))
-    assert train.host > 0 and whole.host == 0
-    assert whole.optimizer == train.optimizer
+    assert train.host > size.host - 1 and whole.host == 0
+    assert train.optimizer + train.host - size.host == whole.optimizer
 
 
 SIZES = [
