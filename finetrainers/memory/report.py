@@ -40,6 +40,11 @@ def allocated_gib(device: torch.device) -> float:
     return int(statm.read_text().split()[1]) * resource.getpagesize() / _GIB
 
 
+def reserved_gib(device: torch.device) -> float | None:
+    """What the allocator of a CUDA device keeps, tensors and the gaps between them; None on a CPU, which has none."""
+    return torch.cuda.memory_reserved(device) / _GIB if device.type == "cuda" else None
+
+
 def device_gib() -> float:
     """Memory of this process's device; on a CPU, its share of the host's among the processes started there."""
     if torch.cuda.is_available():
@@ -103,8 +108,8 @@ class MemoryReport:
         }
         if held is not None:
             row |= {f"{part}_gib": size / _GIB for part, size in asdict(held).items()}
-        if self._device.type == "cuda":
-            row["reserved_gib"] = torch.cuda.memory_reserved(self._device) / _GIB
+        if (reserved := reserved_gib(self._device)) is not None:
+            row["reserved_gib"] = reserved
             torch.cuda.reset_peak_memory_stats(self._device)
         row["seconds"] = time.monotonic() - self._begun
         if self._path is None:

@@ -21,6 +21,15 @@ from finetrainers.reporting.videos import video_table
 VIDEO_BUDGET_BYTES = 40 * 2**20
 """What the videos inside the page may weigh, encoded."""
 _MOST_PROBLEMS = 200
+_MEMORY_COLUMNS = {
+    "allocated": "held",
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "peak": "peak",
+    "reserved": "reserved",
+}
+"""Of the rows of memory.jsonl, in GiB, and their names in the table."""
 
 Row = dict[str, Any]
 
@@ -120,21 +129,20 @@ def _newest_run(memory: Sequence[Row]) -> Sequence[Row]:
 def _memory_table(memory: Sequence[Row]) -> str:
     if not memory:
         return ""
-    on_cuda = any("reserved_gib" in row for row in memory)
     highest = max(row["peak_gib"] for row in memory) or 1
+    # Parts are known while models are trained, and what the allocator reserved on a CUDA device.
+    columns = [name for name in _MEMORY_COLUMNS if any(f"{name}_gib" in row for row in memory)]
     lines = []
     for row in memory:
         share = 100 * row["peak_gib"] / highest
-        numbers = [f"{row['allocated_gib']:.2f}", f"{row['peak_gib']:.2f}"]
-        if on_cuda:
-            numbers.append(f"{row.get('reserved_gib', 0):.2f}")
+        numbers = (f"{row[key]:.2f}" if (key := f"{name}_gib") in row else "" for name in columns)
         cells = "".join(f"<td class='number'>{number}</td>" for number in numbers)
         bar = f"<td class='bar'><i style='width:{share:.0f}%'></i></td>"
         lines.append(
             f"<tr><td>{escape(row['phase'])}</td>{cells}{bar}<td class='number'>{_duration(row['seconds'])}</td></tr>"
         )
-    heads = ["held, GiB", "peak, GiB", *(["reserved, GiB"] if on_cuda else [])]
-    head = "<th>phase ends</th>" + "".join(f"<th class='number'>{name}</th>" for name in heads)
+    heads = (f"<th class='number'>{_MEMORY_COLUMNS[name]}, GiB</th>" for name in columns)
+    head = "<th>phase ends</th>" + "".join(heads)
     table = f"<thead><tr>{head}<th></th><th class='number'>after</th></tr></thead>{''.join(lines)}"
     return f"<div class='wide'><table>{table}</table></div>"
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetrainers import text_encoders
 from finetrainers.encoding import TEXTS_AT_ONCE
 from finetrainers.families.base import Family
 from finetrainers.memory.layout import footprint, spread
@@ -71,12 +72,19 @@ def encoding_phases(work: Work, *, memory: Any) -> list[Phase]:
 def _text_phase(family: Family, dtype: torch.dtype, memory: Any) -> Phase:
     tokenizers = family.load_tokenizers()
     with _simulated_encoders(family.load_text_encoders, dtype) as encoders:
-        weights = _bytes_of(_networks(encoders))
+        if memory.text_encoder_weights:
+            text_encoders.lower_precision(family, encoders, memory.text_encoder_weights, device=SIMULATED)
+        weights = host = 0
+        for name, encoder in encoders.items():
+            layers = text_encoders.streamed_layers(family, name, encoder) if memory.stream_text_encoder else []
+            size = footprint(encoder, layers)
+            weights, host = weights + size.resident + size.ring, host + size.host
         if family.text_sees_image:
             # Where it puts the image depends on the tokens.
-            return Phase("encode text", weights, 0, 0, None, weights)
+            return Phase("encode text", weights, 0, 0, None, weights, host)
         tokens = family.tokenize(tokenizers, [""] * TEXTS_AT_ONCE)
-        return _phase("encode text", weights, _peak_without_gradient(lambda: family.embed(encoders, tokens)))
+        height = _peak_without_gradient(lambda: family.embed(encoders, tokens))
+        return _phase("encode text", weights, height, host=host)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from finetrainers.errors import RunError
 from finetrainers.folder import RunFolder, read_rows, write_atomically
-from finetrainers.memory.report import peak_memory_gib
+from finetrainers.memory.report import peak_memory_gib, reserved_gib
 from finetrainers.training.callback import Callback
 
 if TYPE_CHECKING:
@@ -51,7 +51,10 @@ class MetricsFile(Callback):
 
     def on_step_end(self, trainer: Trainer, outcome: StepOutcome) -> None:
         self._write_pending()
-        self._pending = _Pending(outcome, memory_gib=peak_memory_gib(trainer.device))
+        memory = {"memory_gib": peak_memory_gib(trainer.device)}
+        if (reserved := reserved_gib(trainer.device)) is not None:
+            memory["memory_reserved_gib"] = reserved
+        self._pending = _Pending(outcome, memory)
         if trainer.device.type == "cpu":
             self._write_pending()
 
@@ -103,9 +106,9 @@ class MetricsFile(Callback):
 class _Pending:
     """A step's row whose numbers may still be on their way from the device."""
 
-    def __init__(self, outcome: StepOutcome, *, memory_gib: float) -> None:
+    def __init__(self, outcome: StepOutcome, memory: Row) -> None:
         self._outcome = outcome
-        self._memory_gib = memory_gib
+        self._memory = memory
         self._loss, self._grad_norm = outcome.loss, outcome.grad_norm
         self._arrived: torch.cuda.Event | None = None
         if outcome.loss.is_cuda:
@@ -129,7 +132,7 @@ class _Pending:
             "data_time": outcome.data_time,
             "samples_per_s": outcome.num_samples / outcome.step_time,
             "tokens_per_s": outcome.num_tokens / outcome.step_time,
-            "memory_gib": self._memory_gib,
+            **self._memory,
         }
 
 

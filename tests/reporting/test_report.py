@@ -271,3 +271,18 @@ def test_thinning_keeps_every_peak() -> None:
 )
 def test_numbers_are_short(value: float, text: str) -> None:
     assert number_text(value) == text
+
+
+def test_the_memory_table_has_the_parts_where_rows_have_them(folder: RunFolder) -> None:
+    parts = {"weights_gib": 3.5, "gradients_gib": 0.25, "optimizer_gib": 0.75}
+    assert "optimizer, GiB" not in Page(write_report(folder)).texts
+    write_rows(folder.memory, [memory_row("start", 1.0), memory_row("end", 8.0, **parts)])
+    page = Page(write_report(folder))
+    table = page.source[page.source.index("phase ends") : page.source.index("</table>", page.source.index("phase ends"))]
+    names = ["held", "weights", "gradients", "optimizer", "peak"]
+    assert re.findall(r"class='number'>([a-z]+), GiB", table) == names
+    start, end = (re.findall(r"<td class='number'>(.*?)</td>", row) for row in table.split("<tr>")[1:])
+    assert start == ["1.00", "", "", "", "1.00", "1 min"]
+    assert end == ["1.00", "3.50", "0.25", "0.75", "8.00", "1 min"]
+    write_rows(folder.memory, [memory_row("end", 8.0, reserved_gib=9.0)])
+    assert "reserved, GiB" in Page(write_report(folder)).source

@@ -165,7 +165,7 @@ def test_listeners_get_the_rows_that_are_written_in_their_order(tmp_path: Path) 
     metrics.on_validation(trainer, {"validation_loss": 0.25}, {})
     metrics.on_validation(trainer, {}, {"a cat": tmp_path / "a.mp4"})
     assert heard == rows_in(tmp_path)
-    assert [list(row)[-1] for row in heard] == ["memory_gib", "validation_loss"]
+    assert [list(row)[-1] for row in heard] == ["memory_reserved_gib", "validation_loss"]
     assert metrics.has_validation(1)
 
 
@@ -200,3 +200,17 @@ def test_reading_a_step_late_does_not_wait_for_the_device(tmp_path: Path) -> Non
     assert not torch.cuda.current_stream().query(), "the device still works on the last step"
     metrics.on_end(trainer)
     assert [row["loss"] for row in rows_in(tmp_path)] == expected
+
+
+@pytest.mark.gpu
+def test_on_a_device_a_row_has_what_the_allocator_keeps(tmp_path: Path) -> None:
+    trainer = trainer_at(0, "cuda")
+    metrics = started(tmp_path, trainer)
+    before = torch.cuda.memory_reserved() / 2**30
+    let_go = torch.empty(2**28, device="cuda")
+    del let_go
+    metrics.on_step_end(trainer, outcome(1))
+    metrics.on_end(trainer)
+    (row,) = rows_in(tmp_path)
+    assert list(row) == [*COLUMNS, "memory_reserved_gib"]
+    assert row["memory_reserved_gib"] >= max(before, row["memory_gib"]) and row["memory_reserved_gib"] >= 1
