@@ -18,7 +18,8 @@ from finetrainers.types import Batch, Bucket, Condition
 @contextmanager
 def simulated_models(method: Method) -> Iterator[tuple[Method, dict[str, nn.Module]]]:
     """In the block, models without memory to which a method is attached, in the types in which they are loaded, and a
-    method like the given one for them. Measures that save memory are still to be put in."""
+    method like the given one for them. Measures that save memory are still to be put in, and a loss is to be asked of
+    `one_expert` of them. A family that does not run on the meta device cannot be simulated either."""
     family = method.family
     ours = copy(method)
     # One of its own: what a family remembers of a step would be simulated too.
@@ -33,6 +34,11 @@ def simulated_models(method: Method) -> Iterator[tuple[Method, dict[str, nn.Modu
             model.to_empty(device=SIMULATED)
             model.train()
         yield ours, models
+
+
+def one_expert(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The models that a pass asks: of two experts one, because which it is depends on numbers, which are not there."""
+    return {name: model for name, model in models.items() if name != "transformer_2" or "transformer" not in models}
 
 
 def cast_as_loaded(model: nn.Module, dtype: torch.dtype) -> None:
