@@ -50,6 +50,7 @@ class Forecaster:
             memory=config.memory,
             optimizer=config.optimizer,
             shards=num_shards(config),
+            accumulates=_accumulates(config),
         )
         return [*self._encoding(config), *training]
 
@@ -65,7 +66,7 @@ class Forecaster:
         work = self._work(config)
         # Gradients of streamed blocks leave the device as they come, too.
         leave = bool(memory.stream_blocks) and not work.method.saves_trained_only
-        release = config.optimizer.in_backward or leave
+        release = config.optimizer.in_backward or leave or _accumulates(config)
         computed = (checkpointing, memory.offload_activations, memory.base_weights, release)
         key = str((config.method, *computed))
         if key not in self._steps:
@@ -89,6 +90,11 @@ class Forecaster:
             sampled=sampled if options.every and (options.prompts or options.num_videos) else None,
             validates=bool(options.every),
         )
+
+
+def _accumulates(config: RunConfig) -> bool:
+    """Whether gradients are there while a pass of a step begins."""
+    return config.training.gradient_accumulation_steps > 1
 
 
 def num_shards(config: RunConfig) -> int:

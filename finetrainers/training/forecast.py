@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from finetrainers import text_encoders
 from finetrainers.encoding import TEXTS_AT_ONCE
+from finetrainers.engines.base import replace_tensors
 from finetrainers.families.base import Family
 from finetrainers.memory.layout import footprint, spread
 from finetrainers.memory.simulation import HOST, SIMULATED, LiveBytes, Peak, simulation
@@ -130,13 +131,22 @@ def _segments(
 def _watched(method: Method, models: Mapping[str, nn.Module], batch: Batch) -> list[Segment]:
     transformers = [model for name, model in models.items() if name.startswith("transformer")]
     timeline = Timeline([(name, getattr(model, name)) for model in transformers for name in method.family.block_lists])
-    timeline.watch(lambda: method.loss(models, batch))
+    timeline.watch(lambda: method.loss(_at_work(models), batch))
     return timeline.segments
 
 
-def training_phases(step: Step, validation: int | None, *, memory: Any, optimizer: Any, shards: int = 1) -> list[Phase]:
+def _at_work(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Of two experts one: a sample is seen by one, and which it is depends on a number, of which there are none."""
+    first = next(name for name in models if name.startswith("transformer"))
+    return {name: model for name, model in models.items() if name == first or not name.startswith("transformer")}
+
+
+def training_phases(
+    step: Step, validation: int | None, *, memory: Any, optimizer: Any, shards: int = 1, accumulates: bool = False
+) -> list[Phase]:
     """A step, a validation where there is one, and a checkpoint; `memory` and `optimizer` are those sections of the
-    config. Each of `shards` processes holds its part of weights, gradients and optimizer state."""
+    config. Each of `shards` processes holds its part of weights, gradients and optimizer state. Where a step
+    `accumulates`, gradients are there from its first pass on, and it was simulated with those of a pass let go."""
     weights = _weights(step, memory)
     trained = step.method.trained(step.models).values()
     here = [parameter for parameter in trained if id(parameter) not in weights.streamed]
@@ -145,7 +155,7 @@ def training_phases(step: Step, validation: int | None, *, memory: Any, optimize
     state, away = (_state(parameters, optimizer) for parameters in (here, there))
     kept = state.device // shards
     # Gradients of streamed blocks leave as they come, and those that stay are added to what is then there.
-    height = max(step.height.peak + (gradients if there else 0), gradients) + state.update
+    height = max(step.height.peak + (gradients if there or accumulates else 0), gradients) + state.update
     # Before the backward pass has made gradients, or after: whichever is more.
     activations = max(height - gradients, step.height.after_forward)
     host = weights.host + state.host + away.device + away.host
@@ -226,11 +236,11 @@ def simulate_validation(work: Work, *, memory: Any) -> int | None:
             model.eval()
         if work.validates:
             batch = blank_batch(method, work.bucket, work.condition)
-            heights.append(_peak_without_gradient(lambda: method.loss(models, batch)))
+            heights.append(_peak_without_gradient(lambda: method.loss(_at_work(models), batch)))
         if decoder is not None and work.sampled is not None:
             # With and without the prompt, for guidance.
             both = blank_batch(method, work.sampled, work.condition, batch_size=2)
-            passing = _peak_without_gradient(lambda: method.loss(models, both))
+            passing = _peak_without_gradient(lambda: method.loss(_at_work(models), both))
             heights.append(decoder.weights + max(passing, decoder.activations))
     return max(heights, default=None)
 
@@ -241,7 +251,8 @@ def _simulated_encoders(load: Callable[..., dict[str, Any]], dtype: torch.dtype)
     encoders = load(torch.device("meta"), dtype)
     with simulation():
         for network in _networks(encoders):
-            network.to_empty(device=SIMULATED)
+            # Unlike `to_empty`, this leaves what stands in two places, such as embeddings, one tensor.
+            replace_tensors(network, partial(torch.empty_like, device=SIMULATED))
         yield encoders
 
 

@@ -143,7 +143,23 @@ def test_the_text_says_what_the_json_says(call, config):
         f"  9x64x96: 7 samples of 12 tokens, {plan['buckets'][0]['training_tflop']:.3g} TFLOP each",
         "samples: 7 to train on, 0 held out",
         "steps: 30, which is 7.5 epochs of 4 batches",
+        *memory_lines(plan["memory"]),
     ]
+
+
+def memory_lines(memory: dict[str, Any]) -> list[str]:
+    """A row for each phase, in GiB, and no word of a budget where there is none."""
+    assert (memory["budget_gib"], memory["fits"], memory["chosen"]) == (None, None, [])
+    assert memory["peak_gib"] == max(phase["peak_gib"] for phase in memory["phases"])
+    names = ["weights", "gradients", "optimizer", "activations", "peak", "host"]
+    assert [list(phase) for phase in memory["phases"]] == [["phase", *(f"{name}_gib" for name in names)]] * 5
+    rows = [[phase["phase"], *(f"{phase[f'{name}_gib']:.2f}" for name in names)] for phase in memory["phases"]]
+    assert [row[0] for row in rows] == ["encode text", "encode video", "train", "validate", "save"]
+    return [f"{first:<16}" + "".join(f"{cell:>13}" for cell in cells) for first, *cells in table(rows, names)]
+
+
+def table(rows: list[list[str]], names: list[str]) -> list[list[str]]:
+    return [["memory, GiB", *names], *([f"  {name}", *cells] for name, *cells in rows)]
 
 
 def flop_of(call, config, *overrides: str) -> tuple[float, float]:

@@ -100,6 +100,9 @@ def test_plan_and_sample_take_it_too(folders, tmp_path, capsys):
     assert main(["plan", str(config)]) == 0
     said = capsys.readouterr().out
     assert "13x32x48: 2 samples of 18 tokens\n" in said, "its work is not counted, and nothing is made up"
+    assert "memory: cannot be told without the weights\n" in said
+    assert main(["plan", str(config), "memory.budget=24GB"]) == 2
+    assert "memory.budget: what mochi holds cannot be told without its weights" in capsys.readouterr().err
     options = ["--size", "7x32x48", "--steps", "2", "--precision", "fp32", "--output", str(tmp_path / "videos")]
     assert main(["sample", str(model), "--family", own, "--prompt", PROMPT, *options]) == 0
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1

@@ -49,9 +49,9 @@ def test_few_blocks_tell_what_all_of_them_hold(deep, row, name, word, offload):
     memory = SimpleNamespace(base_weights=None, offload_activations=offload)
     run = partial(forecast._segments, work, checkpointing=word, memory=memory, release=False)
     period = int(word.partition("-")[2] or 1)
-    # Two more periods than are simulated, and where there is a second kind of blocks one more.
+    # A period more than is simulated, and two of a second kind of blocks.
     lists = {
-        blocks: Stretch(4 + (4 - number) * period, period) for number, blocks in enumerate(method.family.block_lists)
+        blocks: Stretch(4 + (3 + number) * period, period) for number, blocks in enumerate(method.family.block_lists)
     }
     assert all(each.kept < each.num_blocks for each in lists.values())
     whole = run({blocks: each.num_blocks for blocks, each in lists.items()})
