@@ -16,7 +16,7 @@ from finetrainers.cli import main
 from finetrainers.commands import fit
 from finetrainers.commands.completing import complete
 from finetrainers.commands.fit import MEASURES, Fitted, NothingFits, cheapest, get_option, given_options, set_option
-from finetrainers.commands.forecasting import GIB, Forecaster
+from finetrainers.commands.forecasting import Forecaster
 from finetrainers.commands.opening import check_options
 from finetrainers.config.load import build_config, identity
 from finetrainers.config.schema import RunConfig
@@ -165,7 +165,12 @@ def test_what_is_given_stays(wide):
     least = run.ladder[-1]
     found = run.choose(run.peak(least))
     assert isinstance(found, Fitted)
-    for option in ("training.gradient_checkpointing", "memory.offload_activations", "optimizer.name", "optimizer.offload"):
+    for option in (
+        "training.gradient_checkpointing",
+        "memory.offload_activations",
+        "optimizer.name",
+        "optimizer.offload",
+    ):
         assert get_option(found.config, option) == get_option(run.whole, option)
     assert not {each.option for each in found.chosen} & run.given
 
@@ -187,7 +192,9 @@ def test_what_is_refused_is_not_chosen(wide, monkeypatch):
     left = {each.option for each in fit._left_to_choose(run.start, run.given, sharded)}
     assert "memory.stream_blocks" not in left
     every = Fit(wide, training={"gradient_checkpointing": "none"})
-    assert "memory.stream_blocks" not in {each.option for each in fit._left_to_choose(every.start, every.given, every.check)}
+    assert "memory.stream_blocks" not in {
+        each.option for each in fit._left_to_choose(every.start, every.given, every.check)
+    }
     monkeypatch.setattr("finetrainers.memory.quantized.find_spec", lambda name: None)
     monkeypatch.setattr("finetrainers.optimizers.build.find_spec", lambda name: None, raising=False)
     left = [(each.option, each.value) for each in fit._left_to_choose(run.start, run.given, run.check)]
@@ -198,7 +205,9 @@ def test_bitsandbytes_that_is_not_installed_is_not_chosen(wide, monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *given: None if name == "bitsandbytes" else find(name, *given))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *given: None if name == "bitsandbytes" else find(name, *given)
+    )
     for module in ("finetrainers.optimizers.build", "finetrainers.optimizers.kinds", "finetrainers.memory.quantized"):
         if hasattr(importlib.import_module(module), "find_spec"):
             monkeypatch.setattr(f"{module}.find_spec", importlib.util.find_spec)
@@ -318,7 +327,10 @@ def test_train_writes_down_what_was_chosen_and_keeps_to_it(call, config, tmp_pat
     again = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert again == written | {"training": written["training"] | {"steps": 3}}
     # All but one are given, and with that one the run would have other numbers.
-    fixed = [full, "memory={offload_activations: false, stream_blocks: 0, stream_text_encoder: false, vae_tiling: false}"]
+    fixed = [
+        full,
+        "memory={offload_activations: false, stream_blocks: 0, stream_text_encoder: false, vae_tiling: false}",
+    ]
     fixed += ["optimizer.name=adamw", "optimizer.offload=false"]
     budget = budget_for(call, config, *fixed, "memory.base_weights=int8")
     refusal = call("train", config, output, "training.steps=4", *fixed, budget).refusal
