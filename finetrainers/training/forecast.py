@@ -145,7 +145,8 @@ def training_phases(
     trained = step.method.trained(step.models).values()
     here = [parameter for parameter in trained if id(parameter) not in weights.streamed]
     there = [parameter for parameter in trained if id(parameter) in weights.streamed]
-    gradients = sum(parameter.nbytes for parameter in here) // shards
+    # Applied in the backward pass, gradients are never there together.
+    gradients = 0 if optimizer.in_backward else sum(parameter.nbytes for parameter in here) // shards
     state, away = (_state(parameters, optimizer) for parameters in (here, there))
     kept = state.device // shards
     # Gradients of streamed blocks leave as they come, and those that stay are added to what is then there.
