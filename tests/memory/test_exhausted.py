@@ -65,7 +65,9 @@ def test_the_line():
     line = explain(error, "step 12", CPU, Held(weights=3 * GIB, optimizer=GIB // 4), ADVICE)
     assert line.startswith("out of memory in step 12, 2.50 GiB more were asked for, and of ")
     assert "(weights 3.00, optimizer 0.25, activations and all else 0.00)" in line, "no part that is empty"
-    assert line.endswith("What helps, the cheapest first: memory.offload_activations=true, data.buckets of smaller pictures")
+    assert line.endswith(
+        "What helps, the cheapest first: memory.offload_activations=true, data.buckets of smaller pictures"
+    )
     assert "\n" not in line
     assert "asked for" not in explain(torch.OutOfMemoryError("gone"), "step 1", CPU, Held(), ADVICE)
 

@@ -108,9 +108,9 @@ def test_the_rows_of_a_run_are_what_it_holds(folders: dict[str, Path], tmp_path:
     trainer = make_trainer(folders["ltx-0.9.0"], batches, options=options, callbacks=[Watch(), phases], steps=1)
     trainer.fit()
     rows = rows_in(tmp_path / "memory.jsonl")[:2]
-    assert [{name: row[f"{name}_gib"] * GIB for name in asdict(parts)} for row, parts in zip(rows, seen, strict=True)] == [
-        asdict(parts) for parts in seen
-    ]
+    assert [
+        {name: row[f"{name}_gib"] * GIB for name in asdict(parts)} for row, parts in zip(rows, seen, strict=True)
+    ] == [asdict(parts) for parts in seen]
     weights = sum(tensor.nbytes for tensor in trainer.models["transformer"].parameters())
     moments = 2 * sum(tensor.nbytes for tensor in trainer.trained.values()) + 4 * len(trainer.trained)
     assert seen[0].weights >= weights and (seen[0].optimizer, seen[1].optimizer) == (0, moments)

@@ -278,7 +278,9 @@ def test_the_memory_table_has_the_parts_where_rows_have_them(folder: RunFolder) 
     assert "optimizer, GiB" not in Page(write_report(folder)).texts
     write_rows(folder.memory, [memory_row("start", 1.0), memory_row("end", 8.0, **parts)])
     page = Page(write_report(folder))
-    table = page.source[page.source.index("phase ends") : page.source.index("</table>", page.source.index("phase ends"))]
+    table = page.source[
+        page.source.index("phase ends") : page.source.index("</table>", page.source.index("phase ends"))
+    ]
     names = ["held", "weights", "gradients", "optimizer", "peak"]
     assert re.findall(r"class='number'>([a-z]+), GiB", table) == names
     start, end = (re.findall(r"<td class='number'>(.*?)</td>", row) for row in table.split("<tr>")[1:])

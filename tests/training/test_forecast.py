@@ -17,6 +17,7 @@ from finetrainers.methods.base import Method
 from finetrainers.methods.find import find_method
 from finetrainers.objectives import build_objective
 from finetrainers.optimizers.build import build_optimizer
+from finetrainers.text_encoders import load_text_encoders, streamed_layers
 from finetrainers.training.forecast import (
     Phase,
     Work,
@@ -25,7 +26,6 @@ from finetrainers.training.forecast import (
     simulate_validation,
     training_phases,
 )
-from finetrainers.text_encoders import load_text_encoders, streamed_layers
 from finetrainers.training.models import load_models
 from finetrainers.types import Bucket, Condition
 from tests.families.tiny import TINY

@@ -102,7 +102,11 @@ def plain(model):
     return {options.name: finished(*trainer_of(model, options=options)) for options in (lora(dropout=0.2), full())}
 
 
-RUNS = [*((case, lora(dropout=0.2)) for case in CASES), ("backward of the second batch", full()), ("three times", full())]
+RUNS = [
+    *((case, lora(dropout=0.2)) for case in CASES),
+    ("backward of the second batch", full()),
+    ("three times", full()),
+]
 
 
 @pytest.mark.parametrize(("case", "options"), RUNS, ids=lambda given: getattr(given, "name", given))
