@@ -5,24 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from benchmarks.gpu.encoding import measure_encoding
-from benchmarks.gpu.limits import measure_limits
-from benchmarks.gpu.measures import Record
 from benchmarks.gpu.runs import RUNS, tiny
-from benchmarks.gpu.training import Bench, measure_peft, measure_saving, measure_training
-
-KINDS = {
-    "train": measure_training,
-    "peft": measure_peft,
-    "save": measure_saving,
-    "encode": measure_encoding,
-    "limits": measure_limits,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,6 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--matmul-rate", type=float)
     options = parser.parse_args(arguments)
+    # Not before: a name that there is not is refused at once.
+    import torch
+
+    from benchmarks.gpu.measures import Record
+    from benchmarks.gpu.training import Bench
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     run = tiny(RUNS[options.name]) if options.tiny else RUNS[options.name]
     record = Record(options.file)
@@ -40,7 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         warm_up, timed = (1, 2) if options.tiny else (5, 15)
         bench = Bench(record, Path(folder), options.tiny, warm_up, timed, options.matmul_rate)
-        KINDS[run.kind](run, bench)
+        _measure(run.kind)(run, bench)
+
+
+def _measure(kind: str) -> Callable[[Any, Any], None]:
+    from benchmarks.gpu import encoding, limits, training
+
+    kinds = {
+        "train": training.measure_training,
+        "peft": training.measure_peft,
+        "save": training.measure_saving,
+        "encode": encoding.measure_encoding,
+        "limits": limits.measure_limits,
+    }
+    return kinds[kind]
 
 
 if __name__ == "__main__":

@@ -75,33 +75,31 @@ class DeviceMemory:
     """Memory of the device from here on; on a CPU there is nothing to tell of it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._is_cuda = device.type == "cuda"
         # Asking begins CUDA's own context, whose memory is then no part of the difference.
-        self._free = torch.cuda.mem_get_info(device)[0] if self._is_cuda else 0
+        self._free, self._total = torch.cuda.mem_get_info() if self._is_cuda else (0, 0)
 
     def limit(self, card_gib: float) -> None:
         """Let this process have what tensors may take of a smaller card: all but 1 GiB."""
         if self._is_cuda:
-            total = torch.cuda.get_device_properties(self._device).total_memory
-            torch.cuda.set_per_process_memory_fraction((card_gib - 1) * GIB / total, self._device)
+            torch.cuda.set_per_process_memory_fraction((card_gib - 1) * GIB / self._total)
 
     def begin(self) -> None:
-        """Forget the peaks so far."""
+        """Forget the peaks so far, once the device has done what it was given."""
         if self._is_cuda:
-            torch.cuda.synchronize(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
 
     def read(self) -> dict[str, float | None]:
         """Peaks since `begin`, of tensors and of what the allocator held for them; and how much less is free now than
         at the very beginning."""
         if not self._is_cuda:
             return {"max_allocated_gib": None, "max_reserved_gib": None, "taken_gib": None}
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize()
         return {
-            "max_allocated_gib": torch.cuda.max_memory_allocated(self._device) / GIB,
-            "max_reserved_gib": torch.cuda.max_memory_reserved(self._device) / GIB,
-            "taken_gib": (self._free - torch.cuda.mem_get_info(self._device)[0]) / GIB,
+            "max_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+            "max_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+            "taken_gib": (self._free - torch.cuda.mem_get_info()[0]) / GIB,
         }
 
 

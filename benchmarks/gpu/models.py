@@ -34,6 +34,9 @@ def open_config(run: Run, folder: Path, *, is_tiny: bool) -> tuple[Family, RunCo
         row.write(model)
     else:
         PUBLISHED[run.model].write(model)
+    for weights in model.glob("transformer*/*.safetensors"):
+        # Random ones take their place, and nothing else shall.
+        weights.unlink()
     size = row.bucket if is_tiny else run.size
     settings: dict[str, Any] = {
         "model": {"path": str(model)},

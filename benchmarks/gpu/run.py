@@ -49,14 +49,13 @@ def run_one(run: Run, options: argparse.Namespace, *, seconds: float) -> dict[st
                     command, cwd=ROOT, env=_environment(options), stdout=output, stderr=output, timeout=seconds
                 ).returncode
             except subprocess.TimeoutExpired:
-                failed = f"stopped after {seconds:.0f} s"
+                failed = f"stopped after {seconds:.0f} s, which were left of the {PART_SECONDS} s of a part"
             else:
                 failed = _reason(log.read_text(), code) if code else None
         measured = json.loads(known.read_text()) if known.exists() else {}
     line = {"run": run.name, "setting": run.setting, "model": run.model, "size": run.size, "card_gib": run.card_gib}
-    line |= {"tiny": options.tiny, "options": dict(run.options), "date": datetime.now(timezone.utc).isoformat()}
-    line |= {"commit": options.commit, **describe_gpu(), "machine": describe_machine()}
-    line |= {"wall_seconds": time.monotonic() - begun, **measured}
+    line |= {"tiny": options.tiny, "date": datetime.now(timezone.utc).isoformat(), "commit": options.commit}
+    line |= {**describe_gpu(), "machine": describe_machine(), "wall_seconds": time.monotonic() - begun, **measured}
     return line if failed is None else line | {"failed": failed}
 
 

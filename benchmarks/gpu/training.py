@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.measures import PCIE4, VENDOR_PEAK, Clock, DeviceMemory, Record, counted_copies, host_memory, spread
+from benchmarks.gpu.measures import (
+    GIB,
+    PCIE4,
+    VENDOR_PEAK,
+    Clock,
+    DeviceMemory,
+    Record,
+    counted_copies,
+    host_memory,
+    spread,
+)
 from benchmarks.gpu.models import OneBatch, open_config, random_batch, random_models
 from benchmarks.gpu.runs import Run
 from finetrainers.commands.completing import build_method
@@ -32,7 +42,6 @@ from finetrainers.training.simulated import meta_models
 from finetrainers.training.trainer import Trainer
 from finetrainers.types import Bucket, Condition
 
-GIB = 2**30
 SEED = 0
 Step = Callable[[], Tensor]
 """Takes a step, and gives its loss, on the device."""
@@ -102,21 +111,22 @@ def measure_saving(run: Run, bench: Bench) -> None:
         return trainer.step(stream).loss
 
     usual = _measure_steps(step, bench, memory, trainer.engine.device)
+    memory.begin()
     begun = time.perf_counter()
     wait = trainer.engine.save(trainer.trained, trainer.optimizer, bench.folder)
     copying = time.perf_counter() - begun
-    writing = threading.Thread(target=wait)
-    writing.start()
     clock = Clock(trainer.engine.device)
-    clock.mark()
-    # As many as the write takes; one at least.
-    for _ in range(bench.timed):
-        step()
+    with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(wait)
         clock.mark()
-        if not writing.is_alive():
-            break
-    beside = clock.seconds()
-    writing.join()
+        # As many as the write takes; one at least.
+        for _ in range(bench.timed):
+            step()
+            clock.mark()
+            if writing.done():
+                break
+        beside = clock.seconds()
+        writing.result()
     bench.record.put(
         save={
             "copying_seconds": copying,
@@ -160,8 +170,10 @@ def prepare(run: Run, bench: Bench) -> tuple[Trainer, DeviceMemory]:
 def _open(run: Run, bench: Bench) -> tuple[Method, RunConfig, Bucket]:
     family, config, bucket = open_config(run, bench.folder, is_tiny=bench.is_tiny)
     method = build_method(family, config)
+    options = config.model_dump(mode="json", include={"method", "optimizer", "training", "memory"})
+    bench.record.put(options=options, size=str(bucket), tokens=family.num_tokens(bucket))
     needed, executed = _count_work(method, config, bucket)
-    bench.record.put(size=str(bucket), tokens=family.num_tokens(bucket), flop=needed, executed_flop=executed)
+    bench.record.put(flop=needed, executed_flop=executed)
     return method, config, bucket
 
 

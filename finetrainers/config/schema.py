@@ -225,9 +225,8 @@ class TrainingConfig(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them as they are."""
     gradient_checkpointing: CheckpointingText = Field("full", json_schema_extra=FREE)
-    """What is computed again in the backward pass rather than kept: `full` (or true) all blocks, far less memory and a
-    third more work; `every-N` blocks 0, N, 2N and so on; `attention` or `feed_forward` only those layers of each block
-    (where HunyuanVideo has both side by side, `feed_forward` is the block); `none` (or false) nothing."""
+    """What is computed again in the backward pass rather than kept: `full` (or true) all blocks, a third more work;
+    `every-N` blocks 0, N, 2N, ...; `attention` or `feed_forward` those layers of each; `none` (or false) nothing."""
 
 
 class ParallelConfig(Section):

@@ -158,11 +158,9 @@ class Family(ABC):
         return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
 
     def attention_layers(self, block: torch.nn.Module) -> list[torch.nn.Module]:
-        """The attentions of a layer of the transformer that repeats, each with its projections."""
-        from diffusers.models.attention import AttentionModuleMixin
-        from diffusers.models.attention_processor import Attention
-
-        return [module for module in block.modules() if isinstance(module, (Attention, AttentionModuleMixin))]
+        """The attentions of a layer of the transformer that repeats, each with its projections: what has a `processor`,
+        as diffusers has it."""
+        return [module for module in block.modules() if hasattr(module, "processor")]
 
     def feed_forward_layers(self, block: torch.nn.Module) -> list[torch.nn.Module]:
         """The feed-forward parts of such a layer; the layer itself where they cannot be told apart."""

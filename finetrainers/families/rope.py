@@ -23,10 +23,11 @@ def temporal_frequencies(dim: int, theta: float, *, trained: int, wanted: int, m
     """
     if method == "ntk":
         theta *= max(wanted / trained, 1.0) ** (dim / (dim - 2))
-    # On the CPU even where modules are built on the meta device: the numbers are read right away.
+    # On the CPU even where modules are built on the meta device: some read the numbers right away.
     frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
     if method == "riflex":
-        periods = (2 * math.pi / frequencies).tolist()
+        # Not read from the tensor, which has no numbers where a step is simulated.
+        periods = [2 * math.pi * theta ** (index / dim) for index in range(0, dim, 2)]
         intrinsic = next((k for k, period in enumerate(periods) if period >= trained), None)
         if intrinsic is not None and wanted > periods[intrinsic]:
             frequencies[intrinsic] = _RIFLEX_SHARE * 2 * math.pi / wanted

@@ -21,7 +21,7 @@ from finetrainers.memory.simulation import HOST, SIMULATED, LiveBytes, Peak, sim
 from finetrainers.methods.base import Method
 from finetrainers.optimizers.size import StateBytes, state_bytes
 from finetrainers.training.measures import lower_precision, save_activations
-from finetrainers.training.simulated import blank_batch, meta_models, simulated_models
+from finetrainers.training.simulated import blank_batch, meta_models, one_expert, simulated_models
 from finetrainers.training.timeline import Segment, Stretch, Timeline, stretched
 from finetrainers.types import Batch, Bucket, Condition
 
@@ -131,14 +131,8 @@ def _segments(
 def _watched(method: Method, models: Mapping[str, nn.Module], batch: Batch) -> list[Segment]:
     transformers = [model for name, model in models.items() if name.startswith("transformer")]
     timeline = Timeline([(name, getattr(model, name)) for model in transformers for name in method.family.block_lists])
-    timeline.watch(lambda: method.loss(_at_work(models), batch))
+    timeline.watch(lambda: method.loss(one_expert(models), batch))
     return timeline.segments
-
-
-def _at_work(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Of two experts one: a sample is seen by one, and which it is depends on a number, of which there are none."""
-    first = next(name for name in models if name.startswith("transformer"))
-    return {name: model for name, model in models.items() if name == first or not name.startswith("transformer")}
 
 
 def training_phases(
@@ -236,11 +230,11 @@ def simulate_validation(work: Work, *, memory: Any) -> int | None:
             model.eval()
         if work.validates:
             batch = blank_batch(method, work.bucket, work.condition)
-            heights.append(_peak_without_gradient(lambda: method.loss(_at_work(models), batch)))
+            heights.append(_peak_without_gradient(lambda: method.loss(one_expert(models), batch)))
         if decoder is not None and work.sampled is not None:
             # With and without the prompt, for guidance.
             both = blank_batch(method, work.sampled, work.condition, batch_size=2)
-            passing = _peak_without_gradient(lambda: method.loss(_at_work(models), both))
+            passing = _peak_without_gradient(lambda: method.loss(one_expert(models), both))
             heights.append(decoder.weights + max(passing, decoder.activations))
     return max(heights, default=None)
 

@@ -21,7 +21,7 @@ def simulated_models(
 ) -> Iterator[tuple[Method, dict[str, nn.Module]]]:
     """In the block, models without memory to which a method is attached, in the types in which they are loaded, and a
     method like the given one for them. Measures that save memory are still to be put in. Of the family's lists of
-    blocks named in `most_blocks` only so many are there.
+    blocks named in `most_blocks` only so many are there. A loss is to be asked of `one_expert` of the models.
     """
     ours, models = meta_models(method)
     for name, model in models.items():
@@ -49,6 +49,11 @@ def meta_models(method: Method) -> tuple[Method, dict[str, nn.Module]]:
     with torch.device("meta"):
         ours.attach(models, seed=0)
     return ours, models
+
+
+def one_expert(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The models that a pass asks: of two experts one, because which it is depends on numbers, which are not there."""
+    return {name: model for name, model in models.items() if name != "transformer_2" or "transformer" not in models}
 
 
 def blank_batch(method: Method, bucket: Bucket, condition: Condition, *, batch_size: int = 1) -> Batch:

@@ -14,9 +14,7 @@ RESULTS = BENCHMARK.parent / "results" / "saved_activations.json"
 ENTRIES = json.loads(RESULTS.read_text())["entries"]
 QUICK = {
     "LTX-Video 2B, lora, none",
-    "LTX-Video 2B, full, feed_forward + offload",
     "LTX-Video 2B, lora, attention + offload",
-    "Wan 2.1 14B, full, none",
     "HunyuanVideo 13B, lora, none",
 }
 
