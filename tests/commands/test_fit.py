@@ -33,7 +33,7 @@ LORA, FULL = {"name": "lora", "rank": 64}, {"name": "full"}
 def wide(tmp_path_factory) -> Path:
     """A model that weighs something beside what a step keeps."""
     wider = {"num_attention_heads": 16, "attention_head_dim": 16, "cross_attention_dim": 256}
-    return write_deeper("ltx-0.9.0", tmp_path_factory.mktemp("wide") / "model", num_layers=4, **wider)
+    return write_deeper("ltx-0.9.0", tmp_path_factory.mktemp("wide") / "model", num_layers=3, **wider)
 
 
 @pytest.fixture(autouse=True)
@@ -114,9 +114,9 @@ class Fit:
 def test_over_a_falling_budget(wide, method):
     run = Fit(wide, method=method)
     peaks = sorted({run.peak(variant) for variant in run.ladder}, reverse=True)
-    assert len(peaks) > 5, "each of them saves something"
+    assert len(peaks) >= 5, "most of them save something"
     last = -1
-    for peak in peaks:
+    for peak in peaks[:: len(peaks) // 5]:
         found = run.choose(peak)
         assert isinstance(found, Fitted), peak
         assert run.peak(found.config) <= peak and run.is_taken(found.config)
@@ -218,20 +218,21 @@ def test_bitsandbytes_that_is_not_installed_is_not_chosen(wide, monkeypatch):
 
 def test_the_fewest_blocks_that_fit_are_streamed(wide):
     run = Fit(wide, training={"gradient_checkpointing": "full"}, optimizer={"offload": False, "name": "adamw"})
-    counts = [0, 1, 2, 3, 4]
+    counts = [0, 1, 2, 3]
     peaks = {count: run.peak(set_option(run.whole, "memory.stream_blocks", count)) for count in counts}
     for limit in sorted(set(peaks.values()), reverse=True):
         found = run.choose(limit)
         fitting = [count for count in counts if peaks[count] <= limit]
         if isinstance(found, Fitted) and get_option(found.config, "memory.stream_blocks"):
             chosen = found.config.memory.stream_blocks
-            assert (4 if chosen == "all" else chosen) == min(fitting)
+            assert (3 if chosen == "all" else chosen) == min(fitting)
 
 
 def test_the_refusal_names_a_size_that_fits(wide):
-    run = Fit(wide, memory={"budget": "0.001GB"}, data={"train": "clips", "buckets": ["49x128x192"]})
+    left = {"base_weights": None, "offload_activations": False, "vae_tiling": False}
+    run = Fit(wide, memory=left, data={"train": "clips", "buckets": ["49x128x192"]})
     least = run.peak(run.ladder[-1])
-    smaller = Fit(wide, data={"train": "clips", "buckets": ["17x64x96"]})
+    smaller = Fit(wide, memory=left, data={"train": "clips", "buckets": ["17x64x96"]})
     budget = (least + smaller.peak(smaller.ladder[-1])) / 2
     config = set_option(run.whole, "memory.budget", f"{budget:.9f}GB")
     with pytest.raises(UserError) as caught:
@@ -240,7 +241,7 @@ def test_the_refusal_names_a_size_that_fits(wide):
     assert len(line.splitlines()) == 1 and line.startswith("memory.budget 0.")
     named = re.search(r"data\.buckets (\S+) instead of 49x128x192 would need", line)
     assert named, line
-    fits = Fit(wide, data={"train": "clips", "buckets": [named[1]]}, memory={"budget": f"{budget:.9f}GB"})
+    fits = Fit(wide, data={"train": "clips", "buckets": [named[1]]}, memory=left | {"budget": f"{budget:.9f}GB"})
     _, plan = fit.fit(fits.family, fits.whole, given=fits.given, check=fits.check)
     assert plan.as_dict()["fits"] is True
     config = set_option(run.whole, "memory.budget", "0.000000001GB")
@@ -285,8 +286,7 @@ def test_a_family_that_cannot_be_simulated():
 def config(wide, clips, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("fit")
     data = {"train": str(clips), "buckets": ["17x64x96"], "cache": str(root / "cache"), "num_workers": 0}
-    # Here a forecast has the encoders as well.
-    training = {"steps": 1, "batch_size": 4, "precision": "fp32"}
+    training = {"steps": 1, "batch_size": 4}
     path = root / "c.yaml"
     path.write_text(yaml.safe_dump(content_of(wide, data=data, training=training, checkpoint={"every": 1})))
     return path
@@ -298,17 +298,24 @@ def budget_for(call, config: Path, *overrides: str) -> str:
     return f"memory.budget={plan['peak_gib'] + 1e-6:.6f}GB"
 
 
+# The first measure alone is left open.
+FIXED = ["memory={offload_activations: false, stream_blocks: 0, stream_text_encoder: false, vae_tiling: false}"]
+FIXED += ["optimizer.name=adamw", "optimizer.offload=false"]
+NO_LOW_PRECISION = "memory.base_weights=null"
+
+
 def test_plan_says_what_is_chosen(call, config):
+    fixed = [*FIXED, NO_LOW_PRECISION]
     budget = budget_for(call, config, "training.gradient_checkpointing=full")
-    plan = json.loads(call("plan", config, "--json", budget).out)["memory"]
+    plan = json.loads(call("plan", config, "--json", *fixed, budget).out)["memory"]
     assert plan["fits"] is True and plan["peak_gib"] <= plan["budget_gib"]
     (chosen,) = plan["chosen"]
     assert (chosen["option"], chosen["value"]) == ("training.gradient_checkpointing", "full")
     assert chosen["before_gib"] > plan["budget_gib"] >= chosen["after_gib"] == plan["peak_gib"]
-    text = call("plan", config, budget).out.splitlines()
+    text = call("plan", config, *fixed, budget).out.splitlines()
     assert f"memory.budget leaves {plan['budget_gib']:.1f} GiB; taken for it, of what was left open:" in text
     assert text[-1].startswith("  training.gradient_checkpointing=full: ") and text[-1].endswith("(a third more work)")
-    refusal = call("plan", config, "memory.budget=0.000001GB").refusal
+    refusal = call("plan", config, *fixed, "memory.budget=0.000001GB").refusal
     assert "with every measure that is left open this run needs" in refusal
 
 
@@ -317,7 +324,7 @@ def test_train_writes_down_what_was_chosen_and_keeps_to_it(call, config, tmp_pat
     full = "training.gradient_checkpointing=full"
     budget = budget_for(call, config, full)
     assert main(["train", str(config), output, "training.gradient_checkpointing=none"]) == 0
-    answer = call("train", config, output, "training.steps=2", budget)
+    answer = call("train", config, output, "training.steps=2", *FIXED, NO_LOW_PRECISION, budget)
     assert answer.code == 0, answer.err
     assert "training.gradient_checkpointing=full" in answer.err, "a resumed run may choose what changes no number"
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -327,11 +334,7 @@ def test_train_writes_down_what_was_chosen_and_keeps_to_it(call, config, tmp_pat
     again = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert again == written | {"training": written["training"] | {"steps": 3}}
     # All but one are given, and with that one the run would have other numbers.
-    fixed = [
-        full,
-        "memory={offload_activations: false, stream_blocks: 0, stream_text_encoder: false, vae_tiling: false}",
-    ]
-    fixed += ["optimizer.name=adamw", "optimizer.offload=false"]
+    fixed = [full, *FIXED]
     budget = budget_for(call, config, *fixed, "memory.base_weights=int8")
     refusal = call("train", config, output, "training.steps=4", *fixed, budget).refusal
     assert "memory.base_weights" in refusal

@@ -20,8 +20,8 @@ ON_CUDA = (
     "Including non-PyTorch memory, this process has 138.60 GiB memory in use."
 )
 ON_CPU = (
-    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate {} "
-    "bytes. Error code 12 (Cannot allocate memory)"
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "{} bytes. Error code 12 (Cannot allocate memory)"
 )
 
 
