@@ -65,6 +65,7 @@ def plain_strategy(family: Family, config: RunConfig) -> ParallelConfig:
     if (
         "transformer_2" in models
         or config.memory.base_weights
+        or config.memory.stream_blocks
         or not can_be_shared(config.optimizer, weights_dtype(config))
     ):
         strategy = "ddp"  # The only one that has them.

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from finetrainers.commands import train
+from finetrainers.commands import opening
+from finetrainers.commands.completing import complete
 from finetrainers.config.load import build_config
 from finetrainers.config.schema import ParallelConfig
 from finetrainers.engines.build import build_engine, check_options, pick_strategy
@@ -33,19 +34,21 @@ def test_auto_is_ddp_where_it_fits():
         ("ltx-0.9.5-i2v", {"method": {"name": "full"}}, 0.0009, "fsdp"),
         ("ltx-0.9.5-i2v", {"method": {"name": "lora", "rank": 4}}, 0.0009, "ddp"),
         ("ltx-0.9.5-i2v", {"method": {"name": "full"}, "optimizer": {"name": "adamw_8bit"}}, 0.0001, "ddp"),
+        ("ltx-0.9.5-i2v", {"memory": {"stream_blocks": "all"}}, 0.0001, "ddp"),
+        ("ltx-0.9.5-i2v", {"memory": {"base_weights": "int8"}}, 0.0001, "ddp"),
         ("wan-2.2-a14b", {}, 0.0001, "ddp"),
     ],
 )
 def test_auto_looks_at_what_a_process_would_hold(folders, tmp_path, monkeypatch, name, sections, device_gib, strategy):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(train, "device_gib", lambda: device_gib)
-    assert train.plain_strategy(run_config(folders[name], tmp_path, **sections)).strategy == strategy
+    monkeypatch.setattr(opening, "device_gib", lambda: device_gib)
+    assert opening.plain_strategy(*complete(run_config(folders[name], tmp_path, **sections))).strategy == strategy
 
 
 def test_one_process_needs_no_engine_of_several(folders, tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     config = run_config(folders["ltx-0.9.5-i2v"], tmp_path)
-    assert train.plain_strategy(config).strategy == "auto"
+    assert opening.plain_strategy(*complete(config)).strategy == "auto"
     assert build_engine(config.parallel).world_size == 1
     for strategy in ("ddp", "fsdp", "deepspeed"):
         with pytest.raises(UserError, match=f"{strategy} runs on several processes; start them with --nproc"):
