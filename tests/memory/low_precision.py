@@ -44,7 +44,9 @@ def load(method: Method, **memory: Any) -> tuple[dict[str, torch.nn.Module], dic
     """The models and what moves of them, as a run has them; the adapters' second halves are made to matter."""
     kept_in = memory.pop("kept_in", Path())
     options = MemoryConfig(**memory)
-    models, trained = load_models(method, SingleEngine(), options=options, seed=1, checkpointing=False, kept_in=kept_in)
+    models, trained = load_models(
+        method, SingleEngine(), options=options, seed=1, checkpointing="none", kept_in=kept_in
+    )
     for name, parameter in trained.items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.02, generator=generator_for(0, name))

@@ -299,3 +299,21 @@ def test_validation(folders):
     train, validate, _ = phases
     assert (validate.weights, validate.optimizer, validate.gradients) == (train.weights, train.optimizer, 0)
     assert validate.peak == train.weights + train.optimizer + both
+
+
+def test_gradients_that_are_applied_in_the_backward_pass_are_never_there_together(folders):
+    """The plan of a step whose updates come with its gradients has no more than a block's at a time."""
+    row = "ltx-0.9.0"
+    work = work_of(make(row, folders[row], FullOptions(name="full", weights_dtype="bf16")), row)
+    memory = MemoryConfig()
+    at_once = optimizer_options("adamw_8bit")
+    released = at_once.model_copy(update={"in_backward": True})
+    plain = training_phases(
+        simulate_step(work, checkpointing="full", memory=memory, release=False), None, memory=memory, optimizer=at_once
+    )[0]
+    ours = training_phases(
+        simulate_step(work, checkpointing="full", memory=memory, release=True), None, memory=memory, optimizer=released
+    )[0]
+    assert (ours.weights, ours.optimizer) == (plain.weights, plain.optimizer)
+    assert ours.gradients == 0 < plain.gradients
+    assert ours.peak < plain.peak
