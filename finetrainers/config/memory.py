@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from finetrainers.config.section import FREE, Section
-from finetrainers.config.values import Count
+from finetrainers.config.values import BudgetText, Count
 
 
 class MemoryConfig(Section):
     """What stays on the device."""
 
-    budget: Annotated[str, Field(pattern=r"^(auto|\d+(\.\d+)?GB)$")] | None = Field(None, json_schema_extra=FREE)
+    budget: BudgetText | None = Field(None, json_schema_extra=FREE)
     """Memory that the run may take, such as `24GB`, or `auto` for what the device has: of the options below, of
     `training.gradient_checkpointing` and of `optimizer` those that are left out are chosen so that it fits. Left out:
     nothing is chosen."""

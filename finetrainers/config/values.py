@@ -43,6 +43,15 @@ def _checkpointing(value: bool | str) -> str:
     return word
 
 
+def _budget(value: Any) -> Any:
+    if value is None:
+        return None
+    text = f"{value}GB" if isinstance(value, (int, float)) else str(value).replace(" ", "").replace("GiB", "GB")
+    if not re.fullmatch(r"auto|\d+(\.\d+)?GB", text):
+        raise ValueError("it must be a size such as 24GB, or auto")
+    return text
+
+
 def as_shares(value: Any) -> Any:
     """`first` or `{first: 0.5}`."""
     return {value: 1.0} if isinstance(value, str) else value
@@ -72,4 +81,5 @@ PositiveCount = Annotated[int, Field(ge=1, le=10**9)]
 PathText = Annotated[str, BeforeValidator(_plain_path), AfterValidator(_on_one_line)]
 ConditionText = Annotated[str, AfterValidator(_condition)]
 BucketText = Annotated[str, AfterValidator(_bucket)]
+BudgetText = Annotated[str, BeforeValidator(_budget)]
 CheckpointingText = Annotated[bool | str, AfterValidator(_checkpointing)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finetrainers.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Raised whenever the same weights would become other codes."""
@@ -114,7 +111,7 @@ def quantize_layers(
 ) -> dict[str, Codes]:
     """Put a QuantizedLinear in the place of each of these linear layers, one after the other. Codes are computed on
     the device, or taken from those that are known, and come to where the weight lay, which is let go. Returns them."""
-    before, held = 0, {}
+    held = {}
     for name, format in formats.items():
         linear: Any = model.get_submodule(name)
         codes, scale = quantize(linear.weight.detach().to(device), format) if known is None else known[name]
@@ -122,12 +119,15 @@ def quantize_layers(
         size = (linear.out_features, linear.in_features)
         layer = QuantizedLinear(format, size, codes=held[name][0], scale=held[name][1], bias=linear.bias)
         model.set_submodule(name, layer.train(linear.training))
-        before += linear.weight.nbytes
-    after = sum(tensor.nbytes for pair in held.values() for tensor in pair)
-    used = " and ".join(sorted(set(formats.values())))
-    summary = "the weights of %d linear layers are held in %s: %.3g GiB instead of %.3g"
-    logger.info(summary, len(held), used, after / 2**30, before / 2**30)
     return held
+
+
+def describe(models: Iterable[nn.Module]) -> str:
+    """What of models is held in low precision, in a line."""
+    layers = [module for model in models for module in model.modules() if isinstance(module, QuantizedLinear)]
+    size = sum(layer.weight.nbytes + layer.scale.nbytes for layer in layers)
+    used = " and ".join(sorted({layer.format for layer in layers}))
+    return f"the weights of {len(layers)} linear layers are held in {used}: {size / 2**30:.3g} GiB"
 
 
 def quantize(weight: Tensor, format: str) -> Codes:

@@ -12,6 +12,7 @@ from torch import nn
 from finetrainers.engines.base import Engine
 from finetrainers.engines.context import split_tokens
 from finetrainers.hashing import seed_for
+from finetrainers.memory.quantized import describe
 from finetrainers.methods.base import Method
 from finetrainers.training.measures import lower_precision, save_activations
 from finetrainers.training.streaming import build_streams
@@ -33,6 +34,8 @@ def load_models(
     at_work = engine.device if engine.is_main else torch.device("meta")
     kept = kept_in if options.keep_quantized and engine.is_main else None
     lower_precision(method, models, options.base_weights, device=at_work, kept_in=kept)
+    if options.base_weights is not None:
+        logger.info("%s", describe(models.values()))
     save_activations(method, models, checkpointing=checkpointing, offload=options.offload_activations)
     transformers = [model for name, model in models.items() if name.startswith("transformer")]
     if engine.context_size > 1:
