@@ -64,7 +64,7 @@ BAD_FILES = {
     "method by name alone": (MINIMAL + "method: full", ["`method` is 'full'", "must hold keys"]),
     "misspelt choice": (MINIMAL + "optimizer: {name: adam}", ["`optimizer.name` is 'adam'", "'prodigy' or 'muon'"]),
     "wrong type": (MINIMAL + "training: {steps: many}", ["`training.steps` is 'many'", "valid integer"]),
-    "a budget in other words": (MINIMAL + "memory: {budget: 24MB}", ["`memory.budget` is '24MB'", "such as 24GB, or auto"]),
+    "a budget in other words": (MINIMAL + "memory: {budget: 24MB}", ["`memory.budget` is '24MB'", "such as 24GB"]),
     "half a step": (MINIMAL + "training: {steps: 1.5}", ["`training.steps` is 1.5", "valid integer"]),
     "yes for a number": (MINIMAL + "checkpoint: {every: yes}", ["`checkpoint.every` is True", "no yes or no"]),
     "out of range": (MINIMAL + "training: {batch_size: 0}", ["`training.batch_size` is 0", "or equal to 1"]),
