@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from math import lcm
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from finetrainers.errors import UserError
 from finetrainers.families.base import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Family, SamplingOptions
+from finetrainers.families.ltx_positions import causal_coordinates, seconds_between
 from finetrainers.families.parts import (
     build_network,
     count_tokens,
@@ -29,8 +31,6 @@ from finetrainers.types import Bucket, Condition, TokenCount
 
 # Shape suffixes: B batch, C channels, F frames, H height, W width, S video tokens, L text tokens, D features.
 
-FRAMES, SPACE = 8, 32
-"""Pixels of a latent in time and in space; the transformer's patch is one latent."""
 LONGEST = 257
 """Frames of the longest clips that the model is published for."""
 GUIDANCE_SCALE = 3.0
@@ -62,6 +62,14 @@ class LTXVideo(Family):
         """Whether the first latent stands for one frame in time as well (0.9.5 and later)."""
         return "LTXVideo095DownBlock3D" in (self.config("vae").get("down_block_types") or ())
 
+    @cached_property
+    def strides(self) -> tuple[int, int]:
+        """Frames, and pixels of a side, that one latent stands for, as diffusers reads the VAE's config."""
+        vae = self.config("vae")
+        halved = 2 ** sum(vae["spatio_temporal_scaling"])
+        frames = vae.get("temporal_compression_ratio") or vae.get("patch_size_t", 1) * halved
+        return frames, vae.get("spatial_compression_ratio") or vae.get("patch_size", 4) * halved
+
     @property
     def max_text_tokens(self) -> int:
         return 256 if self.is_causal else 128
@@ -89,10 +97,13 @@ class LTXVideo(Family):
         return f"model.rope_temporal.method {rope.method} is not for LTX-Video, whose positions are seconds"
 
     def check_bucket(self, bucket: Bucket) -> str | None:
-        return refuse_bucket(bucket, frames=FRAMES, space=SPACE, name="LTX-Video")
+        frames, space = self.strides
+        # The pipelines take sides of 32 pixels and their multiples, whatever the VAE is.
+        return refuse_bucket(bucket, frames=frames, space=lcm(space, 32), name="LTX-Video")
 
     def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
-        return (bucket.num_frames - 1) // FRAMES + 1, bucket.height // SPACE, bucket.width // SPACE
+        frames, space = self.strides
+        return (bucket.num_frames - 1) // frames + 1, bucket.height // space, bucket.width // space
 
     def num_tokens(self, bucket: Bucket) -> int:
         frames, height, width = self.latent_shape(bucket)
@@ -141,8 +152,10 @@ class LTXVideo(Family):
             return "frames are given in image-to-video; set model.task to it"
         if not self.is_causal and condition != Condition(1):
             return "LTX-Video before 0.9.5 is given the first frame or none"
-        if condition.num_first % FRAMES != 1:
-            return f"LTX-Video is given 8k+1 frames (1, 9, 17, ...) of a clip's beginning, not {condition.num_first}"
+        frames = self.strides[0]
+        if condition.num_first % frames != 1:
+            lengths = f"{frames}k+1 frames (1, {frames + 1}, {2 * frames + 1}, ...)"
+            return f"LTX-Video is given {lengths} of a clip's beginning, not {condition.num_first}"
         if condition.num_first + condition.num_last >= bucket.num_frames:
             return f"a clip of {bucket.num_frames} frames has nothing left to learn"
         return None
@@ -172,7 +185,7 @@ class LTXVideo(Family):
     ) -> dict[str, Tensor]:
         if condition.is_none:
             return {}
-        num_first = (condition.num_first - 1) // FRAMES + 1
+        num_first = (condition.num_first - 1) // self.strides[0] + 1
         frames = torch.arange(latents_CFHW.shape[1], device=latents_CFHW.device) < num_first
         last = {"last": draw_latents(encoded, generator)} if condition.num_last else {}
         return {"frames": frames, "latents": latents_CFHW, **last}
@@ -235,7 +248,7 @@ class LTXVideo(Family):
     @cached_property
     def _coordinates(self) -> Callable[..., Tensor]:
         """Remembers its answers, because every step of a bucket asks for the same."""
-        return lru_cache(maxsize=64)(_causal_coordinates)
+        return lru_cache(maxsize=64)(causal_coordinates)
 
     def _told(self, fps: float) -> float:
         """Frame rate that the model is told: as its positions are seconds, interpolation in time is a faster clip."""
@@ -247,13 +260,15 @@ class LTXVideo(Family):
     ) -> dict[str, Any]:
         """Where the tokens lie in time and space, as the version's own pipeline says it."""
         frames, height, width = shape
+        stride, space = self.strides
         if not self.is_causal:
-            scale = (_seconds(fps, device), SPACE, SPACE)
+            scale = (seconds_between(stride, fps, device), space, space)
             return {"num_frames": frames, "height": height, "width": width, "rope_interpolation_scale": scale}
-        coordinates = self._coordinates(tuple(range(0, FRAMES * frames, FRAMES)), height, width, fps, device)
+        grid = (height, width, self.strides)
+        coordinates = self._coordinates(tuple(range(0, stride * frames, stride)), grid, fps, device)
         if "last" in given:
             # A frame by itself, at the moment of the clip's last one.
-            last = self._coordinates((FRAMES * frames - 1,), height, width, fps, device)
+            last = self._coordinates((stride * frames - 1,), grid, fps, device)
             coordinates = torch.cat([last, coordinates], dim=2)
         return {"video_coords": coordinates}
 
@@ -324,26 +339,3 @@ def _conditions(image: Any, last_image: Any, bucket: Bucket) -> list[Any]:
     if last_image is not None:
         found.append(LTXVideoCondition(image=last_image, frame_index=bucket.num_frames - 1))
     return found
-
-
-def _seconds(fps: Sequence[float], device: torch.device) -> float | Tensor:
-    """Seconds between latents: a number where the batch agrees, as the pipeline passes it, else one a sample."""
-    if len(set(fps)) == 1:
-        return FRAMES / fps[0]
-    return torch.tensor([FRAMES / rate for rate in fps], device=device).view(-1, 1, 1, 1, 1)
-
-
-def _causal_coordinates(
-    ends: tuple[int, ...], height: int, width: int, fps: tuple[float, ...], device: torch.device
-) -> Tensor:
-    """Start of each latent in seconds and pixels, [B, 3, S]. A latent that ends at pixel frame e begins 7 frames before
-    it, the first one at 0."""
-    axes = (
-        (torch.tensor(ends, device=device) + 1 - FRAMES).clamp(min=0),
-        torch.arange(height, device=device) * SPACE,
-        torch.arange(width, device=device) * SPACE,
-    )
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1).float()
-    coordinates = grid.repeat(len(fps), 1, 1)
-    coordinates[:, 0] *= torch.tensor([1.0 / rate for rate in fps], device=device)[:, None]
-    return coordinates
