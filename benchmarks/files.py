@@ -21,11 +21,11 @@ from diffusers import LTXVideoTransformer3DModel
 from loop import FakeFamily
 from machine import describe_machine
 from safetensors.torch import save_file
+from tiny_ltx import write_tiny_ltx
 
 from finetrainers.config.schema import LoraOptions, ModelConfig, ObjectiveConfig, OptimizerConfig
 from finetrainers.data.cache import Cache
 from finetrainers.demo.clips import render_clips
-from finetrainers.demo.model import write_tiny_ltx
 from finetrainers.engines.single import SingleEngine
 from finetrainers.families.ltx import TARGETS
 from finetrainers.methods.lora import Lora

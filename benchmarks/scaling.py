@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 from machine import describe_machine
+from tiny_ltx import write_tiny_ltx
 
 from finetrainers.demo.clips import render_clips
-from finetrainers.demo.model import write_tiny_ltx
 from finetrainers.folder import RunFolder, read_rows
 from finetrainers.scaling import ENGINES
 

@@ -25,7 +25,7 @@ VERBS = {
     "plan": "what would happen: clips and buckets, tokens, steps and epochs, parameters trained",
     "sample": "render videos with a base model and, if given, trained weights",
     "models": "the families, variants and tasks that are supported",
-    "demo": "the whole of it, offline, on a tiny model and rendered clips",
+    "demo": "the whole of it, offline: a small model learns a style from rendered clips",
     "doctor": "versions, devices, and which optional features work here",
     "report": "rebuild a run's report.html",
 }

@@ -1,1 +1,1 @@
-"""A tiny model and rendered clips, so that everything can be tried offline on a CPU."""
+"""A small model that works and rendered clips to teach it with, so that everything can be tried offline on a CPU."""

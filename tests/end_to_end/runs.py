@@ -19,9 +19,7 @@ import yaml
 from finetrainers.folder import read_rows
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["finetrainers.commands.train", "finetrainers.demo.model", "diffusers.optimization", "peft"]
-)
+SERVER.set_forkserver_preload(["finetrainers.commands.train", "benchmarks.tiny_ltx", "diffusers.optimization", "peft"])
 
 EXACT = ("step", "epoch", "loss", "grad_norm", "lr")
 """What a resumed run must repeat to the bit; the rest of a row is time and memory."""

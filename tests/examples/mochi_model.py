@@ -17,7 +17,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from finetrainers.demo.model import write_tiny_ltx
+from benchmarks.tiny_ltx import write_tiny_ltx
 from finetrainers.families.base import TEXT_TO_VIDEO
 from tests.families.rows import Row
 

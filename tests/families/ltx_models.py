@@ -1,4 +1,4 @@
-"""Rows of LTX-Video; the models themselves are written by the demo."""
+"""Rows of LTX-Video; the models themselves are those of the benchmarks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetrainers.demo.model import write_tiny_ltx
+from benchmarks.tiny_ltx import write_tiny_ltx
+from finetrainers.demo.bundled import copy_bundled_model
 from tests.families.rows import Row
 
 
@@ -53,4 +54,6 @@ ROWS = {
         call=WITHOUT_NOISE,
         **LAYOUT,
     ),
+    # Its VAE has other strides than the published ones.
+    "ltx-bundled": Row(write=copy_bundled_model, task="text-to-video", pipeline="LTXPipeline", **LAYOUT),
 }

@@ -1,4 +1,4 @@
-"""Tiny LTX-Video pipelines with random weights, on disk as any diffusers folder, for tests and dry runs."""
+"""Tiny LTX-Video pipelines with random weights, on disk as any diffusers folder, for tests and benchmarks."""
 
 from __future__ import annotations
 
