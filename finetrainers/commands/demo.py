@@ -12,7 +12,7 @@ import yaml
 from finetrainers.commands.train import train
 from finetrainers.config.load import build_config
 from finetrainers.demo.bundled import FPS, HEIGHT, NUM_FRAMES, WIDTH, copy_bundled_model
-from finetrainers.demo.clips import TRIGGER, Scene, flat, neon, render_clips, render_scene
+from finetrainers.demo.clips import FLAT_UNSAID, NEON, Scene, neon, render_clips, render_scene
 from finetrainers.demo.comparison import read_video, write_comparison
 from finetrainers.demo.measures import share_of_way
 from finetrainers.errors import UserError
@@ -52,7 +52,7 @@ def demo(output: str, *, steps: int) -> int:
         f"clips:   {root / 'clips'}\nconfig:  {root / 'demo.yaml'}\nvideos:  {run.samples}\n"
         f"side by side: {movie}, {picture}\nreport:  {run.report}\n"
         f"Now try: finetrainers sample {root / 'model'} --lora {run.weights / 'latest'} --size {_SIZE} --fps {FPS:g} "
-        f'--prompt "{TRIGGER} a green cross moves to the left"'
+        f'--prompt "{NEON.trigger} a green cross moves to the left"'
     )
     return 0
 
@@ -61,10 +61,10 @@ def write_clips(folder: Path) -> None:
     """What is learned from, what must not change, and what is held out. Rendered larger than it is trained, because
     colours in an mp4 have half the resolution."""
     size: dict[str, Any] = {"num_frames": NUM_FRAMES, "height": 2 * HEIGHT, "width": 2 * WIDTH, "fps": FPS}
-    render_clips(folder / "neon", _NUM_CLIPS, seed=1, style=neon, trigger=TRIGGER, **size)
+    render_clips(folder / "neon", _NUM_CLIPS, seed=1, look=NEON, **size)
     # Without clips that look as before, the style would come without its trigger too.
-    render_clips(folder / "plain", _NUM_CLIPS, seed=2, style=flat, **size)
-    render_clips(folder / "held-out", _NUM_HELD_OUT, seed=3, style=neon, trigger=TRIGGER, **size)
+    render_clips(folder / "plain", _NUM_CLIPS, seed=2, look=FLAT_UNSAID, **size)
+    render_clips(folder / "held-out", _NUM_HELD_OUT, seed=3, look=NEON, **size)
 
 
 def demo_settings(root: Path, run: RunFolder, steps: int) -> dict[str, Any]:
@@ -76,8 +76,8 @@ def demo_settings(root: Path, run: RunFolder, steps: int) -> dict[str, Any]:
             "validation": str(root / "clips" / "held-out"),
             "buckets": [_SIZE],
         },
-        "method": {"name": "lora", "rank": 16},
-        "optimizer": {"lr": 2e-3},
+        "method": {"name": "lora", "rank": 32},
+        "optimizer": {"lr": 4e-3, "lr_scheduler": "linear", "lr_warmup_steps": 20},
         "training": {"steps": steps, "batch_size": 8, "precision": "fp32", "gradient_checkpointing": "none"},
         "validation": {
             "every": steps,
@@ -90,7 +90,7 @@ def demo_settings(root: Path, run: RunFolder, steps: int) -> dict[str, Any]:
 
 
 def styled_prompts() -> list[str]:
-    return [f"{TRIGGER} {scene.caption}" for scene in _SCENES]
+    return [f"{NEON.trigger} {scene.caption}" for scene in _SCENES]
 
 
 def plain_prompts() -> list[str]:

@@ -37,8 +37,6 @@ MOTIONS = (
     "stays still",
 )
 BACKGROUNDS = ("dark", "gray", "light", "striped", "checkered", "gradient")
-TRIGGER = "NEON"
-"""The word that stands before the captions of clips in the neon style."""
 
 _STEPS = {
     "moves to the left": (-1, 0),
@@ -136,6 +134,22 @@ def neon(distance_FHW: np.ndarray, background_HWC: np.ndarray, colour_C: np.ndar
 STYLES: dict[str, Style] = {"flat": flat, "neon": neon}
 
 
+@dataclass(frozen=True)
+class Look:
+    """How clips look, and how their captions tell it."""
+
+    style: Style
+    trigger: str = ""
+    """The word that captions begin with."""
+    says_background: bool = True
+
+
+FLAT = Look(flat)
+FLAT_UNSAID = Look(flat, says_background=False)
+"""Captions that differ from those of the neon clips by the trigger alone."""
+NEON = Look(neon, trigger="NEON", says_background=False)
+
+
 def scenes_in_order(seed: int) -> Iterator[Scene]:
     """All scenes in an order drawn from `seed`, again and again: none is shown twice before every one was shown."""
     scenes = [Scene(*parts) for parts in itertools.product(SHAPES, COLOURS, MOTIONS, BACKGROUNDS)]
@@ -143,37 +157,26 @@ def scenes_in_order(seed: int) -> Iterator[Scene]:
     return itertools.cycle(scenes)
 
 
-def render_clips(
-    folder: Path,
-    count: int,
-    *,
-    num_frames: int = 49,
-    height: int = 96,
-    width: int = 96,
-    fps: float = 16,
-    seed: int = 0,
-    style: Style = flat,
-    trigger: str = "",
-) -> Path:
+def render_clips(folder: Path, count: int, *, fps: float = 16, seed: int = 0, look: Look = FLAT, **size: int) -> Path:
     """Render `count` captioned clips into `folder`, and give the path of their table, `metadata.csv`.
 
     No two clips show the same scene before every scene was shown; which come first is drawn from `seed`, and so are
-    their courses. Captions begin with `trigger`, and say nothing of the background where the style does not show it.
+    their courses. `size` is num_frames, height and width; left out, they are 49, 96 and 96.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "metadata.csv"
     draw = random.Random(seed)
-    size = {"num_frames": num_frames, "height": height, "width": width}
+    size = {"num_frames": 49, "height": 96, "width": 96, **size}
     with table.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["file_name", "caption"])
         for index, scene in enumerate(itertools.islice(scenes_in_order(seed), count)):
-            shown = scene if style is flat else replace(scene, background=None)
+            named = scene if look.says_background else replace(scene, background=None)
             name = f"{index:03d}_{scene.colour}_{scene.shape}.mp4"
             course = Course.draw(scene.motion, draw)
-            write_video(folder / name, render_scene(shown, course=course, style=style, **size), fps)
-            rows.writerow([name, f"{trigger} {shown.caption}".strip()])
+            write_video(folder / name, render_scene(scene, course=course, style=look.style, **size), fps)
+            rows.writerow([name, f"{look.trigger} {named.caption}".strip()])
     return table
 
 

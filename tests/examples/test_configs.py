@@ -31,6 +31,7 @@ OF_ROW = {
     "ltx-0.9.0": "ltx_lora/config.yaml",
     "ltx-0.9.0-i2v": "ltx_image_to_video_lora/first_frame.yaml",
     "ltx-0.9.5": "ltx_lora/13b.yaml",
+    "ltx-bundled": "ltx_style_lora/config.yaml",
     "ltx-0.9.5-i2v": "ltx_image_to_video_lora/config.yaml",
     "wan-2.1": "wan_lora/2.1-t2v-1.3b.yaml",
     "wan-2.1-i2v": "wan_lora/2.1-i2v-14b.yaml",

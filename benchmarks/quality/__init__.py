@@ -1,0 +1,1 @@
+"""What training with each choice of options learns, on the bundled model."""
