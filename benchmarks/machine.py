@@ -16,11 +16,13 @@ def describe_machine() -> dict[str, Any]:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
+    spec = sys.modules["__main__"].__spec__
+    script = [sys.argv[0]] if spec is None else ["-m", spec.name]
     packages = ("torch", "diffusers", "transformers", "peft", "av", "safetensors")
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
-        "command": "python " + " ".join([str(Path(sys.argv[0])), *sys.argv[1:]]),
+        "command": " ".join(["python", *script, *sys.argv[1:]]),
     }

@@ -138,7 +138,7 @@ def _doctor_options(parser: argparse.ArgumentParser) -> None:
 
 def _demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="demo-run", metavar="FOLDER", help="where everything goes")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default 60)")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps (default 600)")
 
 
 def _report_options(parser: argparse.ArgumentParser) -> None:

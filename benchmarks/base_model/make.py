@@ -37,6 +37,11 @@ def pack(blank: Path, *, vae: Path, transformer: Path, output: Path) -> None:
     )
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(output)
+    for config in output.rglob("*.json"):
+        # Where the parts lay here is nobody's affair.
+        told = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
+        config.write_text(json.dumps(told, indent=2) + "\n")
+    shutil.copy(HERE / "card.md", output / "README.md")
 
 
 def write_log(work: Path) -> None:

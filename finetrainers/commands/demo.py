@@ -47,7 +47,7 @@ def demo(output: str, *, steps: int) -> int:
     before, after = held_out_losses(run)
     print(f"held-out loss: {before:.4f} before, {after:.4f} after ({100 * (after / before - 1):+.1f} %)")
     for name, (styled, plain) in shown.progress().items():
-        print(f"style, {name} pixels: {styled:.0%} of the way with the trigger, {plain:.0%} without it")
+        print(f"style, {name}: {styled:.0%} of the way with the trigger, {plain:.0%} without it")
     print(
         f"clips:   {root / 'clips'}\nconfig:  {root / 'demo.yaml'}\nvideos:  {run.samples}\n"
         f"side by side: {movie}, {picture}\nreport:  {run.report}\n"
@@ -82,7 +82,7 @@ def demo_settings(root: Path, run: RunFolder, steps: int) -> dict[str, Any]:
         "validation": {
             "every": steps,
             "prompts": [*styled_prompts(), *plain_prompts()],
-            "num_inference_steps": 20,
+            "num_inference_steps": 30,
         },
         "checkpoint": {"every": steps},
         "output": str(run.root),

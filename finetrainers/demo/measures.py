@@ -34,14 +34,14 @@ def recognise(video_FHWC: np.ndarray) -> Scene | None:
 
 def style_of(video_FHWC: np.ndarray) -> dict[str, float]:
     """Two statistics in which the neon style differs from the flat one: `black`, the share of black pixels, and
-    `filled`, the share of coloured pixels in the box around them."""
+    `hollow`, the share of pixels without colour in the middle of the shape, three by three of each frame."""
     black = (video_FHWC.max(axis=3) < _DARK).mean()
-    filled = []
+    hollow = []
     for mask_HW in np.ptp(video_FHWC.astype(np.int16), axis=3) > _COLOURED:
-        rows, columns = mask_HW.any(1).nonzero()[0], mask_HW.any(0).nonzero()[0]
-        if len(rows):
-            filled.append(mask_HW[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].mean())
-    return {"black": float(black), "filled": float(np.mean(filled)) if filled else 0.0}
+        if mask_HW.any():
+            row, column = np.argwhere(mask_HW).mean(0).round().astype(int).clip(1, None)
+            hollow.append(1 - mask_HW[row - 1 : row + 2, column - 1 : column + 2].mean())
+    return {"black": float(black), "hollow": float(np.mean(hollow)) if hollow else 0.0}
 
 
 def share_of_way(

@@ -46,7 +46,7 @@ def test_styles_differ_in_both_statistics() -> None:
     plain, glowing = ([render_scene(scene, style=style, **SIZE) for scene in scenes] for style in (flat, neon))
     assert np.mean([style_of(video)["black"] for video in plain]) < 0.01
     assert np.mean([style_of(video)["black"] for video in glowing]) > 0.8
-    assert share_of_way(plain, plain, glowing) == pytest.approx({"black": 0, "filled": 0})
-    assert share_of_way(plain, glowing, glowing) == pytest.approx({"black": 1, "filled": 1})
+    assert share_of_way(plain, plain, glowing) == pytest.approx({"black": 0, "hollow": 0})
+    assert share_of_way(plain, glowing, glowing) == pytest.approx({"black": 1, "hollow": 1})
     half = share_of_way(plain, [*plain, *glowing], glowing)
-    assert half == pytest.approx({"black": 0.5, "filled": 0.5})
+    assert half == pytest.approx({"black": 0.5, "hollow": 0.5})

@@ -27,7 +27,7 @@ def run(root: Path) -> RunFolder:
 
 def test_the_style_is_learned_behind_its_trigger_alone(run: RunFolder) -> None:
     progress = Shown.read(run).progress()
-    assert set(progress) == {"black", "filled"}
+    assert set(progress) == {"black", "hollow"}
     for name, (styled, plain) in progress.items():
         assert styled >= 0.8, f"{name}: {styled:.0%} of the way to the target"
         assert abs(plain) <= 0.2, f"{name}: {plain:.0%} of the way without the trigger"
