@@ -12,6 +12,9 @@ from finetrainers.commands.demo import Shown, held_out_losses, styled_prompts
 from finetrainers.demo.comparison import read_video
 from finetrainers.folder import RunFolder
 
+# The whole demo, on one thread, beside other tests.
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
