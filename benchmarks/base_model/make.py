@@ -15,7 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
 
 HERE = Path(__file__).parent
@@ -29,13 +28,15 @@ def run(script: str, *arguments: str | Path) -> None:
 
 
 def pack(blank: Path, *, vae: Path, transformer: Path, output: Path) -> None:
-    """The whole model in fp16, whose mantissa is longer than that of bf16."""
+    """The model in fp16, whose mantissa is longer than that of bf16. The text encoder, which is small, stays in fp32: a
+    pipeline that is loaded without a type is then fp32 in all its parts."""
     pipeline = LTXPipeline.from_pretrained(
         blank,
         vae=AutoencoderKLLTXVideo.from_pretrained(vae),
         transformer=LTXVideoTransformer3DModel.from_pretrained(transformer),
     )
-    pipeline.to(dtype=torch.float16)
+    pipeline.vae.half()
+    pipeline.transformer.half()
     pipeline.save_pretrained(output)
     for config in output.rglob("*.json"):
         # Where the parts lay here is nobody's affair.

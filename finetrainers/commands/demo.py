@@ -34,6 +34,10 @@ def demo(output: str, *, steps: int) -> int:
     if steps < 1:
         raise UserError(f"--steps must be at least 1, but is {steps}")
     root = Path(output)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be made a folder ({error.strerror}); give another one") from None
     hide_loading_bars()
     print(f"rendering {_NUM_CLIPS} clips in a neon style, and as many plain ones, under {root / 'clips'}/")
     write_clips(root / "clips")

@@ -66,3 +66,9 @@ def test_no_steps_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["demo", "--output", str(tmp_path / "demo"), "--steps", "0"]) == 2
     assert "--steps must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["demo", "--output", str(tmp_path / "file")]) == 2
+    assert "cannot be made a folder" in capsys.readouterr().err
