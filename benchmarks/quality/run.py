@@ -71,7 +71,7 @@ def measure(variant: Variant, root: Path, steps: int) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in markdown."""
     lines = [
-        "| changed | to | held-out loss | style: black, filled | the same without trigger | s a step | GiB |",
+        "| changed | to | held-out loss | style: black, hollow | the same without trigger | s a step | GiB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
