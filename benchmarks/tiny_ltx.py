@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from diffusers import (
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 _LATENT_CHANNELS = 8
-_HEAD_SIZE = 8
 _TEXT_SIZE = 32
 
 # As LTX-Video 0.9.0 and 0.9.1 are published; from 0.9.5 on the pipeline brings its own sigmas.
@@ -74,10 +74,12 @@ def write_tiny_ltx(
         # Not torch.manual_seed, which seeds the accelerators too.
         torch.default_generator.manual_seed(seed)
         parts = {
-            "tokenizer": _character_tokenizer(),
-            "text_encoder": _text_encoder(),
+            "tokenizer": build_tokenizer(),
+            "text_encoder": build_text_encoder(_TEXT_SIZE, num_layers=2),
             "vae": _vae(causal=causal),
-            "transformer": _transformer(num_heads=num_heads, num_layers=num_layers),
+            "transformer": build_transformer(
+                _LATENT_CHANNELS, text_size=_TEXT_SIZE, num_heads=num_heads, head_size=8, num_layers=num_layers
+            ),
             "scheduler": FlowMatchEulerDiscreteScheduler(**({} if causal else _DYNAMIC_SHIFT)),
         }
     pipeline = (LTXConditionPipeline if causal else LTXPipeline)(**parts)
@@ -85,21 +87,25 @@ def write_tiny_ltx(
     return Path(folder)
 
 
-def _character_tokenizer() -> T5Tokenizer:
-    """A T5 tokenizer whose words are the printable ASCII characters."""
+def build_tokenizer(words: Sequence[str] = ()) -> T5Tokenizer:
+    """A T5 tokenizer that takes these words whole, and any other by its printable ASCII characters."""
     characters = string.ascii_letters + string.digits + string.punctuation
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    vocabulary = special + [(character, -3.0) for character in characters]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0)]
+    known = [(f"\u2581{word}", -1.0) for word in words]
+    vocabulary = special + known + [(character, -4.0) for character in characters]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=128)
 
 
-def _text_encoder() -> T5EncoderModel:
+def build_text_encoder(
+    size: int, *, num_layers: int, vocab_size: int = 128, head_size: int = 8, hidden_size: int = 37
+) -> T5EncoderModel:
+    """A T5 encoder with random weights."""
     config = T5Config(
-        vocab_size=128,
-        d_model=_TEXT_SIZE,
-        d_kv=8,
-        d_ff=37,
-        num_layers=2,
+        vocab_size=vocab_size,
+        d_model=size,
+        d_kv=head_size,
+        d_ff=hidden_size,
+        num_layers=num_layers,
         num_heads=4,
         feed_forward_proj="gated-gelu",
         is_encoder_decoder=False,
@@ -117,13 +123,16 @@ def _vae(*, causal: bool) -> AutoencoderKLLTXVideo:
     return vae.eval()
 
 
-def _transformer(*, num_heads: int, num_layers: int) -> LTXVideoTransformer3DModel:
+def build_transformer(
+    latent_channels: int, *, text_size: int, num_heads: int, head_size: int, num_layers: int
+) -> LTXVideoTransformer3DModel:
+    """LTX-Video's transformer with random weights, `num_heads * head_size` wide."""
     return LTXVideoTransformer3DModel(
-        in_channels=_LATENT_CHANNELS,
-        out_channels=_LATENT_CHANNELS,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         num_attention_heads=num_heads,
-        attention_head_dim=_HEAD_SIZE,
-        cross_attention_dim=num_heads * _HEAD_SIZE,
+        attention_head_dim=head_size,
+        cross_attention_dim=num_heads * head_size,
         num_layers=num_layers,
-        caption_channels=_TEXT_SIZE,
+        caption_channels=text_size,
     ).eval()

@@ -1,61 +1,26 @@
 """Writes the bundled model as it is before its transformer has learned anything: random weights around a trained VAE.
 
-python benchmarks/base_model/blank.py --vae vae --output blank
+python -m benchmarks.base_model.blank --vae vae --output blank
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import string
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline
 
-from finetrainers.demo.clips import scenes_in_order
+from benchmarks.tiny_ltx import build_text_encoder, build_tokenizer, build_transformer
+from finetrainers.demo.clips import every_scene
 
-WIDTH, NUM_HEADS, NUM_LAYERS = 192, 4, 5
 TEXT_SIZE = 64
 
 
-def build_tokenizer() -> T5Tokenizer:
-    """A T5 tokenizer that knows the words of the captions whole, and any other word by its letters."""
-    captions = (scene.caption for scene, _ in zip(scenes_in_order(0), range(5000), strict=False))
-    words = sorted({word for caption in captions for word in re.findall(r"\w+", caption)})
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0)]
-    known = [(f"\u2581{word}", -1.0) for word in words]
-    letters = [(letter, -4.0) for letter in string.ascii_letters + string.digits + string.punctuation]
-    return T5Tokenizer(vocab=special + known + letters, extra_ids=0, model_max_length=128)
-
-
-def build_text_encoder(num_words: int) -> T5EncoderModel:
-    """Random, and left so: each word is a direction of its own, which is all that such captions need."""
-    config = T5Config(
-        vocab_size=num_words,
-        d_model=TEXT_SIZE,
-        d_kv=16,
-        d_ff=128,
-        num_layers=1,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        is_encoder_decoder=False,
-        use_cache=False,
-    )
-    return T5EncoderModel(config).eval()
-
-
-def build_transformer(in_channels: int) -> LTXVideoTransformer3DModel:
-    return LTXVideoTransformer3DModel(
-        in_channels=in_channels,
-        out_channels=in_channels,
-        num_attention_heads=NUM_HEADS,
-        attention_head_dim=WIDTH // NUM_HEADS,
-        cross_attention_dim=WIDTH,
-        num_layers=NUM_LAYERS,
-        caption_channels=TEXT_SIZE,
-    )
+def caption_words() -> list[str]:
+    """Every word that a caption of a scene can have."""
+    return sorted({word for scene in every_scene() for word in re.findall(r"\w+", scene.caption)})
 
 
 def main() -> None:
@@ -66,13 +31,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     vae = AutoencoderKLLTXVideo.from_pretrained(options.vae)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(caption_words())
     pipeline = LTXPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
-        text_encoder=build_text_encoder(len(tokenizer)),
+        # Random, and left so: each word is a direction of its own, which is all that such captions need.
+        text_encoder=build_text_encoder(
+            TEXT_SIZE, num_layers=1, vocab_size=len(tokenizer), head_size=16, hidden_size=128
+        ),
         tokenizer=tokenizer,
-        transformer=build_transformer(vae.config.latent_channels),
+        transformer=build_transformer(
+            vae.config.latent_channels, text_size=TEXT_SIZE, num_heads=4, head_size=48, num_layers=5
+        ),
     )
     pipeline.save_pretrained(options.output)
 

@@ -24,10 +24,11 @@ from diffusers import AutoencoderKLLTXVideo
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from benchmarks.machine import describe_machine
-from finetrainers.demo.clips import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, STYLES, Course, Scene, render_scene
+from finetrainers.demo.bundled import HEIGHT, NUM_FRAMES, WIDTH
+from finetrainers.demo.clips import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Course, Scene, flat, neon, render_scene
 
 # Shape suffixes: B batch, C channels, F frames, H height, W width.
-SIZE = {"num_frames": 17, "height": 64, "width": 64}
+SIZE = {"num_frames": NUM_FRAMES, "height": HEIGHT, "width": WIDTH}
 LATENT_CHANNELS = 24
 KL_WEIGHT = 3e-4
 """Of nats for each number of a latent, beside the mean absolute and squared error of a pixel in -1..1."""
@@ -35,8 +36,8 @@ KL_WEIGHT = 3e-4
 
 class Muon(torch.optim.Optimizer):
     """Orthogonal updates (Jordan et al., https://kellerjordan.github.io/posts/muon), for kernels of convolutions as
-    well, which torch's takes not: each is a matrix of output channels by all the rest. AdamW took five times as many
-    steps here."""
+    well, which torch's takes not: each is a matrix of output channels by all the rest. After 200
+    steps of four clips the error was 0.14 with it here, and 0.28 with AdamW."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], *, lr: float, momentum: float = 0.95) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
@@ -45,7 +46,10 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
-                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"]
                 momentum.lerp_(parameter.grad, 1 - group["momentum"])
                 update = orthogonal(parameter.grad.lerp(momentum, group["momentum"]).flatten(1))
                 # As large as AdamW's are (arXiv 2502.16982).
@@ -83,9 +87,13 @@ def build_vae() -> AutoencoderKLLTXVideo:
     )
 
 
+def draw_scene(draw: random.Random) -> Scene:
+    return Scene(*(draw.choice(options) for options in (SHAPES, list(COLOURS), MOTIONS, BACKGROUNDS)))
+
+
 def render_varied(draw: random.Random) -> np.ndarray:
     """A clip of one shape, uint8 FHWC: filled, or an outline of some width and glow, on black or on its background."""
-    scene = Scene(*(draw.choice(options) for options in (SHAPES, list(COLOURS), MOTIONS, BACKGROUNDS)))
+    scene = draw_scene(draw)
     course = Course.draw(scene.motion, draw)
     if draw.random() < 0.7:
         return render_scene(scene, course=course, **SIZE)
@@ -118,23 +126,23 @@ def to_unit(pixels: torch.Tensor) -> torch.Tensor:
 def measure(vae: AutoencoderKLLTXVideo) -> dict[str, float]:
     """Peak signal to noise, in dB, of held-out clips of each style in fp32."""
     found = {}
-    for style in STYLES:
+    for style in (flat, neon):
         draw = random.Random(7)
         errors = []
         for _ in range(40):
-            scene = Scene(*(draw.choice(options) for options in (SHAPES, list(COLOURS), MOTIONS, BACKGROUNDS)))
-            frames = render_scene(scene, course=Course.draw(scene.motion, draw), style=STYLES[style], **SIZE)
+            scene = draw_scene(draw)
+            frames = render_scene(scene, course=Course.draw(scene.motion, draw), style=style, **SIZE)
             video_BCFHW = to_unit(torch.from_numpy(frames).permute(3, 0, 1, 2)[None])
             again_BCFHW = vae.decode(vae.encode(video_BCFHW).latent_dist.mode()).sample.clamp(-1, 1)
             errors.append((again_BCFHW - video_BCFHW).square().mean().item())
-        found[f"psnr_{style}"] = round(10 * math.log10(4 / float(np.mean(errors))), 2)
+        found[f"psnr_{style.__name__}"] = round(10 * math.log10(4 / float(np.mean(errors))), 2)
     return found
 
 
 @torch.no_grad()
 def set_statistics(vae: AutoencoderKLLTXVideo, pool_NCFHW: torch.Tensor) -> None:
     """Mean and deviation of each channel, by which latents are normalised."""
-    latents_BCFHW = torch.cat([vae.encode(to_unit(batch)).latent_dist.mode() for batch in pool_NCFHW.split(16)])
+    latents_BCFHW, _ = encode_pool(vae, pool_NCFHW).chunk(2, dim=1)
     vae.latents_mean.copy_(latents_BCFHW.mean((0, 2, 3, 4)))
     vae.latents_std.copy_(latents_BCFHW.std((0, 2, 3, 4)))
 

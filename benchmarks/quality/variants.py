@@ -16,38 +16,25 @@ class Variant:
     num_processes: int = 1
 
 
-def lora(group: str, name: str, **overrides: Any) -> Variant:
-    return Variant(group, name, {key.replace("__", "."): value for key, value in overrides.items()})
-
-
-def full(name: str, **overrides: Any) -> Variant:
-    """Every weight; what only a LoRA has is left out of the config by `method`."""
-    given = {key.replace("__", "."): value for key, value in overrides.items()}
-    return Variant("full", name, {"method": {"name": "full"}, "optimizer.lr": 1e-3, **given})
-
-
-def together(name: str, strategy: str, **overrides: Any) -> Variant:
-    """The same batch on two processes."""
-    given = {key.replace("__", "."): value for key, value in overrides.items()}
-    return Variant("engine", name, {"parallel.strategy": strategy, "training.batch_size": 4, **given}, 2)
-
+FULL = {"method": {"name": "full"}, "optimizer.lr": 1e-3}
+TOGETHER = {"training.batch_size": 4}
+"""The same batch on two processes."""
+ALL_LINEAR = r".*(to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"
+OPTIMIZERS = ("adamw_8bit", "torchao_adamw_8bit", "torchao_adamw_4bit", "adafactor", "prodigy", "muon")
 
 VARIANTS = (
-    lora("reference", "LoRA, rank 32, AdamW, lr 4e-3, fp32, one process"),
-    *(lora("rank", f"rank {rank}", method__rank=rank) for rank in (4, 16, 64)),
-    *(lora("learning rate", f"lr {lr:g}", optimizer__lr=lr) for lr in (1e-3, 2e-3, 8e-3)),
-    *(
-        lora("optimizer", name, optimizer__name=name)
-        for name in ("adamw_8bit", "torchao_adamw_8bit", "torchao_adamw_4bit", "adafactor", "prodigy", "muon")
-    ),
-    lora("precision", "bf16", training__precision="bf16"),
-    *(lora("base weights", name, memory__base_weights=name) for name in ("int8", "fp8", "nf4")),
-    lora("targets", "attention and feed-forward", method__target_modules=r".*(to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"),
-    lora("caption dropout", "none", data__caption_dropout=0.0),
-    full("fp32"),
-    full("bf16 weights", method={"name": "full", "weights_dtype": "bf16"}, training__precision="bf16"),
-    full("Muon", optimizer__name="muon"),
-    together("DDP x 2", "ddp"),
-    together("FSDP2 x 2", "fsdp"),
-    together("ZeRO 2 x 2", "deepspeed", parallel__zero_stage=2),
+    Variant("reference", "LoRA, rank 32, AdamW, lr 4e-3, fp32, one process"),
+    *(Variant("rank", f"rank {rank}", {"method.rank": rank}) for rank in (4, 16, 64)),
+    *(Variant("learning rate", f"lr {lr:g}", {"optimizer.lr": lr}) for lr in (1e-3, 2e-3, 8e-3)),
+    *(Variant("optimizer", name, {"optimizer.name": name}) for name in OPTIMIZERS),
+    Variant("precision", "bf16", {"training.precision": "bf16"}),
+    *(Variant("base weights", name, {"memory.base_weights": name}) for name in ("int8", "fp8", "nf4")),
+    Variant("targets", "attention and feed-forward", {"method.target_modules": ALL_LINEAR}),
+    Variant("caption dropout", "none", {"data.caption_dropout": 0.0}),
+    Variant("full", "fp32", FULL),
+    Variant("full", "bf16 weights", FULL | {"method.weights_dtype": "bf16", "training.precision": "bf16"}),
+    Variant("full", "Muon", FULL | {"optimizer.name": "muon"}),
+    Variant("engine", "DDP x 2", TOGETHER | {"parallel.strategy": "ddp"}, 2),
+    Variant("engine", "FSDP2 x 2", TOGETHER | {"parallel.strategy": "fsdp"}, 2),
+    Variant("engine", "ZeRO 2 x 2", TOGETHER | {"parallel.strategy": "deepspeed", "parallel.zero_stage": 2}, 2),
 )

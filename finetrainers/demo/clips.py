@@ -131,9 +131,6 @@ def neon(distance_FHW: np.ndarray, background_HWC: np.ndarray, colour_C: np.ndar
     return colour_C * (tube + glow)
 
 
-STYLES: dict[str, Style] = {"flat": flat, "neon": neon}
-
-
 @dataclass(frozen=True)
 class Look:
     """How clips look, and how their captions tell it."""
@@ -150,9 +147,14 @@ FLAT_UNSAID = Look(flat, says_background=False)
 NEON = Look(neon, trigger="NEON", says_background=False)
 
 
+def every_scene() -> list[Scene]:
+    """All scenes that name their background."""
+    return [Scene(*parts) for parts in itertools.product(SHAPES, COLOURS, MOTIONS, BACKGROUNDS)]
+
+
 def scenes_in_order(seed: int) -> Iterator[Scene]:
     """All scenes in an order drawn from `seed`, again and again: none is shown twice before every one was shown."""
-    scenes = [Scene(*parts) for parts in itertools.product(SHAPES, COLOURS, MOTIONS, BACKGROUNDS)]
+    scenes = every_scene()
     random.Random(seed).shuffle(scenes)
     return itertools.cycle(scenes)
 

@@ -66,7 +66,7 @@ class LTXVideo(Family):
     def strides(self) -> tuple[int, int]:
         """Frames, and pixels of a side, that one latent stands for, as diffusers reads the VAE's config."""
         vae = self.config("vae")
-        halved = 2 ** sum(vae["spatio_temporal_scaling"])
+        halved = 2 ** sum(vae.get("spatio_temporal_scaling", (True, True, True, False)))
         frames = vae.get("temporal_compression_ratio") or vae.get("patch_size_t", 1) * halved
         return frames, vae.get("spatial_compression_ratio") or vae.get("patch_size", 4) * halved
 
@@ -264,11 +264,11 @@ class LTXVideo(Family):
         if not self.is_causal:
             scale = (seconds_between(stride, fps, device), space, space)
             return {"num_frames": frames, "height": height, "width": width, "rope_interpolation_scale": scale}
-        grid = (height, width, self.strides)
-        coordinates = self._coordinates(tuple(range(0, stride * frames, stride)), grid, fps, device)
+        size = (height, width, self.strides)
+        coordinates = self._coordinates(tuple(range(0, stride * frames, stride)), *size, fps, device)
         if "last" in given:
             # A frame by itself, at the moment of the clip's last one.
-            last = self._coordinates((stride * frames - 1,), grid, fps, device)
+            last = self._coordinates((stride * frames - 1,), *size, fps, device)
             coordinates = torch.cat([last, coordinates], dim=2)
         return {"video_coords": coordinates}
 

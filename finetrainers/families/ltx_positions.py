@@ -19,13 +19,15 @@ def seconds_between(stride: int, fps: Sequence[float], device: torch.device) -> 
 
 def causal_coordinates(
     ends: tuple[int, ...],
-    size: tuple[int, int, tuple[int, int]],
+    height: int,
+    width: int,
+    strides: tuple[int, int],
     fps: tuple[float, ...],
     device: torch.device,
 ) -> Tensor:
-    """Start of each latent in seconds and pixels, [B, 3, S]; `size` is their height, width and strides. A latent of n
-    frames that ends at pixel frame e begins n - 1 frames before it, the first one at 0."""
-    height, width, (frames, space) = size
+    """Start of each latent in seconds and pixels, [B, 3, S]; `strides` are the frames and pixels that one stands for. A
+    latent of n frames that ends at pixel frame e begins n - 1 frames before it, the first one at 0."""
+    frames, space = strides
     axes = (
         (torch.tensor(ends, device=device) + 1 - frames).clamp(min=0),
         torch.arange(height, device=device) * space,

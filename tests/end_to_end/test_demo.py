@@ -38,7 +38,7 @@ def test_the_style_is_learned_behind_its_trigger_alone(run: RunFolder) -> None:
 
 def test_the_held_out_loss_falls(run: RunFolder) -> None:
     before, after = held_out_losses(run)
-    assert after < 0.7 * before
+    assert before > 4 and after < 0.8
 
 
 def test_videos_are_side_by_side(root: Path, run: RunFolder) -> None:

@@ -10,8 +10,8 @@ from finetrainers.commands.demo import demo_settings, held_out_losses, write_cli
 from finetrainers.demo.bundled import copy_bundled_model
 from finetrainers.folder import RunFolder
 
-HELD_OUT_LOSS = 1.0
-"""What full fine-tuning reaches in so few steps, with a tenth to spare."""
+HELD_OUT_LOSS = 0.75
+"""Full fine-tuning reached 0.66 in so few steps; before the first it is 7.44."""
 
 
 @pytest.mark.timeout(600)
