@@ -39,9 +39,10 @@ def pack(blank: Path, *, vae: Path, transformer: Path, output: Path) -> None:
     pipeline.transformer.half()
     pipeline.save_pretrained(output)
     for config in output.rglob("*.json"):
+        told = json.loads(config.read_text())
         # Where the parts lay here is nobody's affair.
-        told = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
-        config.write_text(json.dumps(told, indent=2) + "\n")
+        if told.pop("_name_or_path", None):
+            config.write_text(json.dumps(told, indent=2) + "\n")
     shutil.copy(HERE / "card.md", output / "README.md")
 
 
