@@ -8,6 +8,7 @@ python -m benchmarks.quality.run --table          # only print the table of the 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -37,7 +38,8 @@ def settings_of(variant: Variant, root: Path, run: RunFolder, steps: int) -> dic
         place = settings
         for part in section:
             place = place.setdefault(part, {})
-        place[name] = value
+        # A copy: a later option of the same variant may lie within this one.
+        place[name] = copy.deepcopy(value)
     if settings["optimizer"].get("name") == "prodigy":
         # It finds its own.
         del settings["optimizer"]["lr"]

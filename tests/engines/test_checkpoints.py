@@ -112,9 +112,9 @@ def test_bf16_is_the_same_sharded_with_activations_computed_again(folders, clips
         ]
         run_together(2, commands, tmp_path / "log")
         ours, theirs = (exact_rows(tmp_path / f"{method}-{name}") for name in ("ddp", "fsdp"))
-        # From the second step on, rounding in bf16 makes more of the order in which gradients are added.
+        # From the second step on, rounding in bf16 (2^-8) makes more of the order in which gradients are added.
         assert ours[:2] == [pytest.approx(row, rel=1e-5) for row in theirs[:2]], method
-        assert ours == [pytest.approx(row, rel=1e-3) for row in theirs], method
+        assert ours == [pytest.approx(row, rel=5e-3) for row in theirs], method
 
 
 def test_adapters_are_fp32_beside_frozen_bf16(folders, clips, tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed import TCPStore
 
 from finetrainers.data.video import probe, read_window
+from finetrainers.demo.clips import render_clips
 from finetrainers.engines.context import split_tokens
 from finetrainers.engines.single import SingleEngine
 from finetrainers.folder import steps_in
@@ -43,7 +44,8 @@ def config_of(folders: Any, clips: Path, tmp_path: Path, name: str, condition: s
     options = settings(name, folders[name], clips, tmp_path)
     # Wan 2.1 is always given its frame.
     shares = {} if condition == "none" else {condition: 1.0 if name == "wan-2.1-i2v" else 0.5}
-    options["data"] |= {"validation": 0.15, "conditions": shares}
+    held_out = render_clips(tmp_path / "held-out", 1, num_frames=22, height=64, width=96, fps=16.0, seed=1).parent
+    options["data"] |= {"validation": str(held_out), "conditions": shares}
     options["validation"] = {"every": 10, "timesteps": 3, "num_inference_steps": 2}
     return write_config(tmp_path / "c.yaml", **options, output="-")
 
