@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("name", choices=RUNS)
     parser.add_argument("file", type=Path)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--matmul-rate", type=float)
+    parser.add_argument("--timed", type=int, help="left out: 15, and with --tiny 2")
     options = parser.parse_args(arguments)
     # Not before: a name that there is not is refused at once.
     import torch
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record.put(device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         warm_up, timed = (1, 2) if options.tiny else (5, 15)
-        bench = Bench(record, Path(folder), options.tiny, warm_up, timed, options.matmul_rate)
+        bench = Bench(record, Path(folder), options.tiny, warm_up, options.timed or timed)
         _measure(run.kind)(run, bench)
 
 

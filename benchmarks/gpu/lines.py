@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finetrainers.folder import write_atomically
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 
@@ -27,6 +29,13 @@ def append_line(results: Path, line: Mapping[str, Any]) -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def replace_line(results: Path, index: int, line: Mapping[str, Any]) -> None:
+    """Write the file anew with another line in the place of one; lines appended meanwhile stay."""
+    texts = results.read_text().splitlines()
+    texts[index] = json.dumps(line)
+    write_atomically(results, "".join(f"{text}\n" for text in texts))
 
 
 def newest(lines: list[Line], name: str, *, tiny: bool = False) -> Line | None:

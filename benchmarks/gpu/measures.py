@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,8 +20,6 @@ from finetrainers.memory.report import allocated_gib, peak_memory_gib
 GIB = 2**30
 PCIE4 = 25e9
 """Bytes a second that cross PCIe 4 in one direction."""
-VENDOR_PEAK = 989e12
-"""Operations a second of an H100 or H200 in bf16, dense, as its vendor says."""
 CPU = torch.device("cpu")
 
 
@@ -143,3 +141,26 @@ def counted_copies() -> Iterator[Copies]:
 
     with Watch():
         yield copies
+
+
+def profiled(step: Callable[[], Any], *, most: int = 15) -> dict[str, Any]:
+    """What the device does in one more step: kernels, their seconds, and those of the ones that take longest."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    begun = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        step()
+        torch.cuda.synchronize()
+    wall = time.perf_counter() - begun
+    kernels: dict[str, list[float]] = {}
+    for event in record.events():
+        if event.device_type == DeviceType.CUDA:
+            kernels.setdefault(event.name[:100], []).append(event.time_range.elapsed_us() / 1e6)
+    longest = sorted(kernels.items(), key=lambda entry: -sum(entry[1]))[:most]
+    return {
+        "kernels": sum(map(len, kernels.values())),
+        "kernel_seconds": sum(map(sum, kernels.values())),
+        "wall_seconds": wall,
+        "longest": [{"name": name, "count": len(each), "seconds": sum(each)} for name, each in longest],
+    }

@@ -1,6 +1,6 @@
 """Runs of full-size models with random weights on one GPU, each in a process of its own; a JSON line each is appended
 to benchmarks/results/gpu.jsonl, also for one that fails. Exit code 0: all ran; 1: one failed; 2: nothing was run.
-Run: python benchmarks/gpu/run.py [NAME ...] [--part N]
+Run: python benchmarks/gpu/run.py [NAME ...] [--part N], or --complete for lines that were made with --measure-only.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu.lines import RESULTS, append_line, describe_commit, describe_gpu, newest, read_lines  # noqa: E402
+from benchmarks.gpu.lines import (  # noqa: E402
+    RESULTS,
+    append_line,
+    describe_commit,
+    describe_gpu,
+    read_lines,
+    replace_line,
+)
 from benchmarks.gpu.runs import PART_SECONDS, Run, choose, parts  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
+from finetrainers.errors import UserError  # noqa: E402
 
 
 def list_runs(grouped: Sequence[Sequence[Run]]) -> Iterator[str]:
@@ -39,9 +47,8 @@ def run_one(run: Run, options: argparse.Namespace, *, seconds: float) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         known, log = Path(folder) / "known.json", Path(folder) / "log.txt"
         command = [sys.executable, "-m", "benchmarks.gpu.child", run.name, str(known)]
-        rate = (newest(read_lines(options.results), "R0", tiny=options.tiny) or {}).get("matmul_rate")
         command += ["--tiny"] if options.tiny else []
-        command += [f"--matmul-rate={rate}"] if rate else []
+        command += [f"--timed={options.timed}"] if options.timed else []
         begun, failed = time.monotonic(), None
         with log.open("w") as output:
             try:
@@ -57,6 +64,33 @@ def run_one(run: Run, options: argparse.Namespace, *, seconds: float) -> dict[st
     line |= {"tiny": options.tiny, "date": datetime.now(timezone.utc).isoformat(), "commit": options.commit}
     line |= {**describe_gpu(), "machine": describe_machine(), "wall_seconds": time.monotonic() - begun, **measured}
     return line if failed is None else line | {"failed": failed}
+
+
+def complete_file(results: Path) -> int:
+    """Complete its lines that lack what is computed, each in its place. Returns how many could not be."""
+    # Not before, because it imports torch.
+    from benchmarks.gpu.computed import complete_line
+
+    num_failed, lines = 0, read_lines(results)
+    for index, line in enumerate(lines):
+        begun = time.monotonic()
+        try:
+            whole = complete_line(line, lines)
+        except UserError as error:
+            print(f"line {index + 1}, {line['run']}: {error}", file=sys.stderr)
+            num_failed += 1
+            continue
+        if whole is not line:
+            replace_line(results, index, whole)
+            print(f"{line['run']}: completed in {time.monotonic() - begun:.0f} s", flush=True)
+    return num_failed
+
+
+def _completed(line: dict[str, Any], results: Path) -> dict[str, Any]:
+    # Not before, because it imports torch.
+    from benchmarks.gpu.computed import complete_line
+
+    return complete_line(line, read_lines(results))
 
 
 def _environment(options: argparse.Namespace) -> dict[str, str]:
@@ -78,6 +112,16 @@ def _reason(log: str, code: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is named, one after the other; returns the exit code."""
     options = _parse(arguments)
+    if options.complete:
+        if options.names or options.part is not None:
+            return _refuse("--complete goes over the whole file: leave out NAME and --part")
+        if not options.results.is_file():
+            return _refuse(
+                f"there is no file {options.results} to complete; runs write it, and --results names another"
+            )
+        return 1 if complete_file(options.results) else 0
+    if options.timed is not None and options.timed < 2:
+        return _refuse(f"--timed {options.timed}: the spread of times takes 2 steps or more")
     try:
         chosen = choose(options.names)
     except KeyError as error:
@@ -95,7 +139,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Of a part all runs together have the time; by name each has it.
         left = PART_SECONDS if options.part is None else PART_SECONDS - (time.monotonic() - begun)
         line = run_one(run, options, seconds=max(left, 1.0))
-        append_line(options.results, line)
+        try:
+            line = line if options.measure_only else _completed(line, options.results)
+        finally:
+            # What was measured is kept, whatever becomes of the rest.
+            append_line(options.results, line)
         num_failed += "failed" in line
         print(f"{run.name}: {line.get('failed', 'measured')} in {line['wall_seconds']:.0f} s", flush=True)
     return 1 if num_failed else 0
@@ -105,7 +153,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="R6 is R6 and R6-fp8; left out: all")
     parser.add_argument("--part", type=int, help="only this part of them, all of which takes at most 8 minutes")
-    parser.add_argument("--list", action="store_true", help="print the runs, their goals and expected minutes")
+    parser.add_argument("--timed", type=int, metavar="N", help="steps that are timed; left out: 15, and with --tiny 2")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="print the runs, their goals and expected minutes")
+    what.add_argument("--measure-only", action="store_true", help="leave for --complete what needs no GPU")
+    what.add_argument("--complete", action="store_true", help="compute what the file's lines lack, on any CPU")
     parser.add_argument("--tiny", action="store_true", help="tiny models and few steps, on the CPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="left out: cuda, and with --tiny cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where lines are appended")

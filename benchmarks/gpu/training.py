@@ -8,22 +8,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.measures import (
-    GIB,
-    PCIE4,
-    VENDOR_PEAK,
-    Clock,
-    DeviceMemory,
-    Record,
-    counted_copies,
-    host_memory,
-    spread,
-)
+from benchmarks.gpu.measures import PCIE4, Clock, DeviceMemory, Record, counted_copies, host_memory, profiled, spread
 from benchmarks.gpu.models import OneBatch, open_config, random_batch, random_models
 from benchmarks.gpu.runs import Run
 from finetrainers.commands.completing import build_method
@@ -33,14 +22,11 @@ from finetrainers.data.batch import map_tensors
 from finetrainers.engines.single import SingleEngine
 from finetrainers.methods.base import Method
 from finetrainers.optimizers.build import build_optimizer
-from finetrainers.planning import count_flop
-from finetrainers.training.forecast import Work, simulate_step, training_phases
-from finetrainers.training.measures import save_activations
+from finetrainers.training.compiling import is_compiled
 from finetrainers.training.models import load_models
 from finetrainers.training.schedule import build_schedule
-from finetrainers.training.simulated import meta_models
 from finetrainers.training.trainer import Trainer
-from finetrainers.types import Bucket, Condition
+from finetrainers.types import Bucket
 
 SEED = 0
 Step = Callable[[], Tensor]
@@ -57,8 +43,6 @@ class Bench:
     is_tiny: bool
     warm_up: int
     timed: int
-    matmul_rate: float | None
-    """Operations a second that the device was measured to reach; None where it was not."""
 
 
 def measure_training(run: Run, bench: Bench) -> None:
@@ -142,8 +126,6 @@ def prepare(run: Run, bench: Bench) -> tuple[Trainer, DeviceMemory]:
     method, config, bucket = _open(run, bench)
     engine = SingleEngine()
     check_options(method.family, config, engine)
-    phase = _predict(method, config, bucket)
-    bench.record.put(predicted_gib=phase.peak / GIB, predicted_host_gib=phase.host / GIB)
     memory = _memory(run, engine.device)
     models, trained = _load(method, config, engine, bench.folder)
     optimizer = build_optimizer(trained, config.optimizer, seed=SEED)
@@ -172,8 +154,6 @@ def _open(run: Run, bench: Bench) -> tuple[Method, RunConfig, Bucket]:
     method = build_method(family, config)
     options = config.model_dump(mode="json", include={"method", "optimizer", "training", "memory"})
     bench.record.put(options=options, size=str(bucket), tokens=family.num_tokens(bucket))
-    needed, executed = _count_work(method, config, bucket)
-    bench.record.put(flop=needed, executed_flop=executed)
     return method, config, bucket
 
 
@@ -201,57 +181,32 @@ def _load(
         seed=SEED,
         checkpointing=str(config.training.gradient_checkpointing),
         kept_in=folder,
+        compiles=is_compiled(config.training, config.parallel, engine, method=config.method.name),
     )
-
-
-def _predict(method: Method, config: RunConfig, bucket: Bucket) -> Any:
-    """What the plan says of the training phase."""
-    work = Work(method, bucket, Condition(), batch_size=1, sampled=None, validates=False)
-    step = simulate_step(
-        work,
-        checkpointing=str(config.training.gradient_checkpointing),
-        memory=config.memory,
-        release=config.optimizer.in_backward,
-    )
-    return training_phases(step, None, memory=config.memory, optimizer=config.optimizer)[0]
-
-
-def _count_work(method: Method, config: RunConfig, bucket: Bucket) -> tuple[float, float]:
-    """Operations of a step's passes: as few as there must be, and with what is computed again."""
-
-    def counted(checkpointing: str) -> float:
-        ours, models = meta_models(method)
-        save_activations(ours, models, checkpointing=checkpointing, offload=False)
-        return count_flop(ours.family, models, bucket, Condition())[1]
-
-    checkpointing = str(config.training.gradient_checkpointing)
-    needed = counted("none")
-    return needed, needed if checkpointing == "none" else counted(checkpointing)
 
 
 def _measure_steps(step: Step, bench: Bench, memory: DeviceMemory, device: torch.device) -> float:
     """Take the steps and write down what they took. Returns the median's seconds."""
     memory.begin()
     clock = Clock(device)
+    begun = time.perf_counter()
     losses = [step() for _ in range(bench.warm_up)]
+    losses[-1].item()
+    bench.record.put(warm_up_seconds=time.perf_counter() - begun)
     clock.mark()
     for _ in range(bench.timed):
         losses.append(step())
         clock.mark()
     seconds = spread(clock.seconds())
     held = memory.read()
-    values = bench.record.values
-    rates = {
-        "tokens_per_second": values["tokens"] / seconds["median"],
-        "mfu": values["flop"] / seconds["median"] / VENDOR_PEAK,
-        "hfu": bench.matmul_rate and values["executed_flop"] / seconds["median"] / bench.matmul_rate,
-    }
-    bench.record.put(seconds=seconds, **rates, memory=held, host=host_memory())
-    if held["max_allocated_gib"] is not None and "predicted_gib" in values:
-        bench.record.put(predicted_error=values["predicted_gib"] / held["max_allocated_gib"] - 1)
+    rate = bench.record.values["tokens"] / seconds["median"]
+    bench.record.put(seconds=seconds, tokens_per_second=rate, memory=held, host=host_memory())
     last = losses[-1].item()
     assert math.isfinite(last), f"the loss of random weights is {last}"
-    with counted_copies() as copies:
+    if device.type == "cuda":
+        bench.record.put(profile=profiled(step))
+    # Its hook sees nothing within what is compiled; eager blocks copy the same.
+    with counted_copies() as copies, torch.compiler.set_stance("force_eager"):
         step()
     moved = {"to_device": copies.to_device, "to_host": copies.to_host}
     bench.record.put(loss=last, moved_bytes=moved, moved_seconds_at_25_gb=max(moved.values()) / PCIE4)

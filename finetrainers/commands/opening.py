@@ -19,6 +19,7 @@ from finetrainers.families.base import Family
 from finetrainers.memory.report import device_gib
 from finetrainers.optimizers.build import can_be_shared, check_optimizer
 from finetrainers.planning import states_gib
+from finetrainers.training.compiling import check_compiling
 from finetrainers.training.streaming import check_streaming
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def check_options(family: Family, config: RunConfig, engine: Engine) -> None:
         num_processes=engine.world_size,
     )
     check_rescue(config, engine)
+    check_compiling(config.training, config.parallel, engine, method=config.method.name)
     checkpointing = config.training.gradient_checkpointing
     check_streaming(build_method(family, config), engine, config.memory, checkpointing=checkpointing)
 

@@ -22,6 +22,7 @@ from finetrainers.optimizers.build import build_optimizer
 from finetrainers.reporting.report import write_report
 from finetrainers.training.callback import Callback
 from finetrainers.training.checkpoint import Checkpointer
+from finetrainers.training.compiling import is_compiled
 from finetrainers.training.memory import MemoryPhases
 from finetrainers.training.metrics import MetricsFile
 from finetrainers.training.models import load_models
@@ -56,6 +57,7 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
             engine,
             options=config.memory,
             kept_in=prepared.cache.root / "weights",
+            compiles=is_compiled(config.training, config.parallel, engine, method=config.method.name),
             **_model_settings(config),
         )
         drawer = build_drawer(prepared, prepared.data.train)

@@ -18,6 +18,7 @@ from finetrainers.config.section import FREE, Section
 from finetrainers.config.values import (
     BucketText,
     CheckpointingText,
+    CompileText,
     ConditionText,
     Count,
     Fraction,
@@ -227,6 +228,10 @@ class TrainingConfig(Section):
     gradient_checkpointing: CheckpointingText = Field("full", json_schema_extra=FREE)
     """What is computed again in the backward pass rather than kept: `full` (or true) all blocks, a third more work;
     `every-N` blocks 0, N, 2N, ...; `attention` or `feed_forward` those layers of each; `none` (or false) nothing."""
+    compile: CompileText = Field("auto", json_schema_extra=FREE)
+    """`blocks` (or true) lets torch compile the layers of the transformer that repeat: fewer and larger
+    kernels, and fewer activations kept; rounding changes a little. `auto` does so on a GPU. The first steps wait for
+    the compiler; what it made is kept for later runs."""
 
 
 class ParallelConfig(Section):

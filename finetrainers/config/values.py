@@ -43,6 +43,14 @@ def _checkpointing(value: bool | str) -> str:
     return word
 
 
+def _compiling(value: bool | str) -> str:
+    # YAML reads off as false.
+    word = {True: "blocks", False: "off"}[value] if isinstance(value, bool) else value
+    if word not in ("auto", "off", "blocks"):
+        raise ValueError("it must be auto, off (or false) or blocks (or true)")
+    return word
+
+
 def _budget(value: Any) -> Any:
     if value is None:
         return None
@@ -83,3 +91,4 @@ ConditionText = Annotated[str, AfterValidator(_condition)]
 BucketText = Annotated[str, AfterValidator(_bucket)]
 BudgetText = Annotated[str, BeforeValidator(_budget)]
 CheckpointingText = Annotated[bool | str, AfterValidator(_checkpointing)]
+CompileText = Annotated[bool | str, AfterValidator(_compiling)]

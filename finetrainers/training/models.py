@@ -14,6 +14,7 @@ from finetrainers.engines.context import split_tokens
 from finetrainers.hashing import seed_for
 from finetrainers.memory.quantized import describe
 from finetrainers.methods.base import Method
+from finetrainers.training.compiling import compile_blocks
 from finetrainers.training.measures import lower_precision, save_activations
 from finetrainers.training.streaming import build_streams
 
@@ -23,10 +24,18 @@ Models = dict[str, nn.Module]
 
 
 def load_models(
-    method: Method, engine: Engine, *, options: Any, seed: int, checkpointing: str, kept_in: Path
+    method: Method,
+    engine: Engine,
+    *,
+    options: Any,
+    seed: int,
+    checkpointing: str,
+    kept_in: Path,
+    compiles: bool = False,
 ) -> tuple[Models, dict[str, nn.Parameter]]:
     """The models on their device and the parameters of them that move; `options` are the config's `memory` section.
-    What is to be kept of weights in low precision lies in the folder `kept_in`."""
+    What is to be kept of weights in low precision lies in the folder `kept_in`. With
+    `compiles`, blocks of transformers are compiled."""
     models = method.load(engine.device) if engine.is_main else method.build()
     method.attach(models, seed_for(seed, "adapters"))
     num_all = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
@@ -47,6 +56,8 @@ def load_models(
     engine.prepare(models, blocks, method.linear_dtype)
     for stream in streams:
         stream.start()
+    if compiles:
+        compile_blocks(block for name in blocks if name.startswith("transformer") for block in blocks[name])
     trained = method.trained(models)
     _, num_trained = engine.held(trained.values())
     num_held, _ = engine.held(parameter for model in models.values() for parameter in model.parameters())

@@ -12,29 +12,47 @@ import torch
 
 from benchmarks.gpu import child, report
 from benchmarks.gpu import run as command
+from benchmarks.gpu.computed import VENDOR_PEAK, complete_line, run_of
 from benchmarks.gpu.lines import append_line, newest, read_lines
 from benchmarks.gpu.measures import Clock, counted_copies, spread
 from benchmarks.gpu.models import open_config, random_models
 from benchmarks.gpu.runs import PART_SECONDS, RUNS, choose, parts, tiny
 from finetrainers.commands.completing import build_method
+from finetrainers.config.schema import RunConfig
 from finetrainers.errors import UserError
 from tests.families.tiny import TINY
 
 ASKED = {f"R{number}" for number in range(14)}
 STEPS = {
-    "device", "options", "size", "tokens", "flop", "executed_flop", "load", "seconds", "tokens_per_second", "mfu",
-    "hfu", "memory", "host", "loss", "moved_bytes", "moved_seconds_at_25_gb", "predicted_gib", "predicted_host_gib",
+    "device", "options", "size", "tokens", "load", "seconds", "tokens_per_second", "memory", "host", "loss",
+    "moved_bytes", "moved_seconds_at_25_gb",
 }  # fmt: skip
+PREDICTED = {"predicted_gib", "predicted_host_gib"}
+COMPUTED = {"flop", "executed_flop", "mfu", "hfu"} | PREDICTED
 LINE = {
     "run", "setting", "model", "size", "card_gib", "tiny", "date", "commit", "gpu", "driver", "machine", "wall_seconds"
 }  # fmt: skip
 
 
-def measured(name: str, folder: Path) -> dict[str, Any]:
+def measured(name: str, folder: Path, *more: str) -> dict[str, Any]:
     """What one run says of itself, in this process."""
     file = folder / "known.json"
-    child.main([name, str(file), "--tiny", "--matmul-rate=1e12"])
+    child.main([name, str(file), "--tiny", *more])
     return json.loads(file.read_text())
+
+
+def line_of(name: str, **known: Any) -> dict[str, Any]:
+    """A line of the results file, as far as completing it asks."""
+    return {"run": name, "tiny": True, "model": RUNS[name].model, **known}
+
+
+def options_of(config: RunConfig) -> dict[str, Any]:
+    """As the process of a run writes them."""
+    return config.model_dump(mode="json", include={"method", "optimizer", "training", "memory"})
+
+
+LIMITS = [line_of("R0", matmul_rate=2e12), line_of("R0", matmul_rate=1e12), line_of("R0", failed="", matmul_rate=3e12)]
+"""The second is the newest that did not fail."""
 
 
 @pytest.mark.parametrize("name", ["R7", "R5"])
@@ -44,10 +62,13 @@ def test_a_run_says_all_that_is_asked(name, tmp_path):
     assert known.keys() == STEPS
     assert len(known["seconds"]["all"]) == 2
     assert 0 < known["seconds"]["median"] <= known["seconds"]["p95"]
-    assert known["flop"] < known["executed_flop"], "blocks are computed again"
-    assert known["hfu"] == pytest.approx(known["executed_flop"] / known["seconds"]["median"] / 1e12)
-    assert known["predicted_gib"] > 0
-    assert (known["predicted_host_gib"] > 0) == (name == "R7"), "streamed weights lie on the host"
+    line = complete_line(line_of(name, **known), LIMITS)
+    assert line.keys() == line_of(name).keys() | STEPS | COMPUTED
+    assert line["flop"] < line["executed_flop"], "blocks are computed again"
+    assert line["mfu"] == pytest.approx(line["flop"] / line["seconds"]["median"] / VENDOR_PEAK)
+    assert line["hfu"] == pytest.approx(line["executed_flop"] / line["seconds"]["median"] / 1e12)
+    assert line["predicted_gib"] > 0
+    assert (line["predicted_host_gib"] > 0) == (name == "R7"), "streamed weights lie on the host"
     chosen = {
         f"{section}.{key}": value for section in known["options"] for key, value in known["options"][section].items()
     }
@@ -61,12 +82,36 @@ def test_other_kinds_of_runs(name, tmp_path):
         assert known["matmul_rate"] > 0 and known["copies"].keys() == {"to_device", "to_host"}
         assert known["attention"]["flash, 32 tokens, head 64"]["both"] > 0
     elif name == "R1-peft":
-        assert STEPS - known.keys() == {"predicted_gib", "predicted_host_gib"}, "the plan is of our own steps"
+        assert known.keys() == STEPS
     elif name == "R13-save":
         assert known["save"]["stall_seconds"] >= known["save"]["copying_seconds"] > 0
         assert known["save"]["steps_meanwhile"] >= 1
     else:
         assert known["clips_per_second"] > 0 and known["of_floor"] > 0
+    line = line_of(name, **known)
+    computed = {"R1-peft": COMPUTED - PREDICTED, "R13-save": COMPUTED}.get(name, set())
+    assert complete_line(line, LIMITS).keys() - line.keys() == computed, "the plan is of our own steps"
+
+
+def test_as_many_steps_are_timed_as_asked(tmp_path):
+    assert len(measured("R2", tmp_path, "--timed=3")["seconds"]["all"]) == 3
+
+
+def test_what_is_computed_is_of_the_line(tmp_path):
+    """Of its options, not of those that the run has by now; what is complete, or not measured, stays the same."""
+    _, config, bucket = open_config(tiny(RUNS["R2"]), tmp_path, is_tiny=True)
+    options = options_of(config)
+    unmeasured = line_of("R2", options=options, size=str(bucket))
+    line = unmeasured | {"seconds": {"median": 0.5}, "memory": {"max_allocated_gib": 2.0}}
+    again = complete_line(line, [])
+    assert again["hfu"] is None, "R0 was not measured"
+    assert again["predicted_error"] == again["predicted_gib"] / 2.0 - 1
+    options["training"]["gradient_checkpointing"] = "none"
+    kept = complete_line(line, [])
+    assert kept["executed_flop"] == kept["flop"] == again["flop"] < again["executed_flop"]
+    assert complete_line(line | {"failed": ""}, []).keys() == kept.keys() | {"failed"}
+    for same in (kept, unmeasured | {"failed": ""}, line | {"run": "R99"}):
+        assert complete_line(same, LIMITS) is same
 
 
 def test_the_command_appends_a_line_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
@@ -78,10 +123,46 @@ def test_the_command_appends_a_line_and_goes_on_after_a_failure(tmp_path, monkey
     failed, done = read_lines(results)
     assert failed.keys() == LINE | {"failed"}
     assert failed["failed"].startswith("exit code 2: ") and "R99" in failed["failed"]
-    assert done.keys() == LINE | STEPS
+    assert done.keys() == LINE | STEPS | COMPUTED
     assert (done["run"], done["tiny"], done["device"]) == ("R3", True, "cpu")
     assert done["options"]["memory"]["base_weights"] == "fp8"
     assert "R3: measured" in capsys.readouterr().out
+
+
+def test_what_was_only_measured_is_completed_later(tmp_path, capsys):
+    """To what the command says without `--measure-only`; other lines stay, as does what cannot be completed."""
+    results = tmp_path / "gpu.jsonl"
+    assert command.main(["R3", "--tiny", "--measure-only", "--timed", "3", "--results", str(results)]) == 0
+    (before,) = read_lines(results)
+    assert before.keys() == LINE | STEPS
+    assert len(before["seconds"]["all"]) == 3
+    others = [line_of("R8", failed="killed"), line_of("R0", matmul_rate=1e12)]
+    for line in others:
+        append_line(results, line)
+    assert command.main(["--complete", "--results", str(results)]) == 0
+    assert "R3: completed in" in capsys.readouterr().out
+    completed, *rest = read_lines(results)
+    assert completed.keys() == LINE | STEPS | COMPUTED and before.items() <= completed.items()
+    assert completed["hfu"] > 0 and rest == others
+    text = results.read_text()
+    append_line(results, before | {"options": {"memory": {"no_such_option": 1}}})
+    assert command.main(["--complete", "--results", str(results)]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("line 4, R3: ") and "no_such_option" in said.err
+    assert results.read_text().startswith(text) and len(read_lines(results)) == 4
+    assert list(tmp_path.iterdir()) == [results], "nothing is left beside it"
+
+
+def test_what_was_measured_is_kept_when_it_cannot_be_completed(tmp_path, monkeypatch):
+    def broken(line: object, lines: object) -> None:
+        raise RuntimeError("no such thing")
+
+    results = tmp_path / "gpu.jsonl"
+    monkeypatch.setattr(command, "run_one", lambda run, options, *, seconds: {"run": run.name, "wall_seconds": 1.0})
+    monkeypatch.setattr("benchmarks.gpu.computed.complete_line", broken)
+    with pytest.raises(RuntimeError, match="no such thing"):
+        command.main(["R3", "--tiny", "--results", str(results)])
+    assert [line["run"] for line in read_lines(results)] == ["R3"]
 
 
 def test_a_run_has_only_so_much_time(tmp_path):
@@ -95,7 +176,7 @@ def test_what_was_known_before_a_failure_is_kept(tmp_path, monkeypatch):
     monkeypatch.setitem(child.RUNS, "R7", replace(RUNS["R7"], options=options))
     with pytest.raises(UserError, match="stream_blocks 99"):
         measured("R7", tmp_path)
-    assert json.loads((tmp_path / "known.json").read_text())["flop"] > 0
+    assert json.loads((tmp_path / "known.json").read_text())["tokens"] > 0
 
 
 def test_reasons():
@@ -116,6 +197,17 @@ def test_list_and_refusals(capsys, monkeypatch):
     monkeypatch.setattr(command, "_has_cuda", lambda: False)
     assert command.main(["R3"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+    assert command.main(["R3", "--tiny", "--timed", "1"]) == 2
+    assert "2 steps or more" in capsys.readouterr().err
+
+
+def test_refusals_to_complete(tmp_path, capsys):
+    results = tmp_path / "gpu.jsonl"
+    for more, reason in (([], f"no file {results}"), (["R3"], "leave out NAME"), (["--part", "1"], "and --part")):
+        assert command.main(["--complete", "--results", str(results), *more]) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith("error: ") and reason in said
+    assert not results.exists()
 
 
 def test_the_runs_are_those_that_are_asked_for():
@@ -136,6 +228,8 @@ def test_every_run_is_a_config_that_its_published_model_takes(name, tmp_path):
     for option, value in RUNS[name].options.items():
         section, key = option.split(".")
         assert getattr(getattr(config, section), key) == value
+    line = line_of(name, options=options_of(config), size=str(bucket))
+    assert open_config(run_of(line), tmp_path, is_tiny=False)[1] == config, "a line tells it all"
     assert build_method(family, config).family is family
 
 

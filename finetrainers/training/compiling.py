@@ -1,0 +1,106 @@
+"""Blocks of the transformers compiled by torch: each kind once, for all layers that are alike."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finetrainers.engines.base import Engine
+from finetrainers.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_CASES = 1024
+"""Of one kind of block, what it may be compiled for: sizes, batches, with gradients and without. More is an error."""
+
+
+def check_compiling(training: Any, parallel: Any, engine: Engine, *, method: str) -> None:
+    """Raise UserError where `training.compile` asks for blocks that cannot be compiled."""
+    if training.compile == "blocks" and (reason := _obstacle(training, parallel, engine, method)):
+        raise UserError(f"training.compile blocks: {reason}; set training.compile off")
+
+
+def is_compiled(training: Any, parallel: Any, engine: Engine, *, method: str) -> bool:
+    """What `training.compile` comes to."""
+    if training.compile == "off" or (training.compile == "auto" and engine.device.type != "cuda"):
+        return False
+    if reason := _obstacle(training, parallel, engine, method):
+        logger.info("blocks are not compiled: %s", reason)
+    return reason is None
+
+
+def _obstacle(training: Any, parallel: Any, engine: Engine, method: str) -> str | None:
+    """Why blocks cannot be compiled, or None."""
+    if parallel.strategy == "deepspeed" and getattr(engine, "stage", 0) == 3:
+        return "ZeRO stage 3 fetches weights within blocks, where nothing else than tensors may happen"
+    if parallel.strategy == "fsdp" and method == "full" and training.precision == "bf16":
+        return "fsdp brings the linear layers of full fine-tuning together in bf16, within blocks"
+    if engine.context_size > 1:
+        return "processes that split tokens exchange them within blocks"
+    if engine.device.type == "cuda" and find_spec("triton") is None:
+        return "triton is not installed, which compiles for GPUs"
+    if engine.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "there is no C++ compiler (g++), which compiles for CPUs"
+    return None
+
+
+def compile_blocks(blocks: Iterable[nn.Module], *, backend: str = "inductor") -> None:
+    """Let each block's forward pass, and its backward pass, be compiled when it first runs. Names of weights stay what
+    they were, and what hangs on a block's call, such as its weights being fetched, stays outside.
+
+    Each size of clips is compiled for when it is first seen, rather than one program for all: its kernels are faster,
+    and a run that goes on where another stopped has the same ones, whatever it sees first. (For all sizes at once,
+    inductor of torch 2.13 on a CPU gives the wrong gradient of HunyuanVideo's hidden states.) What was compiled is kept
+    on disk for later runs: in `TORCHINDUCTOR_CACHE_DIR`, or under the user's cache folder.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_user_cache() / "finetrainers" / "compiled"))
+    import torch._dynamo
+
+    # Past its limits torch would quietly compute without having compiled.
+    limits = {"recompile_limit": _CASES, "accumulated_recompile_limit": _CASES, "fail_on_recompile_limit_hit": True}
+    torch._dynamo.config.load_config(limits)
+    _tell_compile_times()
+    for block in blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+class _CompileTimes:
+    """Says how long each compilation took; steps stand still for it."""
+
+    def __init__(self) -> None:
+        self._begun = 0.0
+        self._count = 0
+        self._total = 0.0
+
+    def start(self, args: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def end(self, args: Any) -> None:
+        seconds = time.perf_counter() - self._begun
+        self._count, self._total = self._count + 1, self._total + seconds
+        logger.info("compiled a block, case %d: %.1f s, %.1f s in all", self._count, seconds, self._total)
+
+
+_times: _CompileTimes | None = None
+
+
+def _tell_compile_times() -> None:
+    global _times
+    if _times is None:
+        from torch._dynamo.callback import callback_handler
+
+        _times = _CompileTimes()
+        callback_handler.register_start_callback(_times.start)
+        callback_handler.register_end_callback(_times.end)
