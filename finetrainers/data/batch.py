@@ -21,35 +21,36 @@ class BatchOrder:
     be smaller."""
 
     def __init__(self, samples: Sequence[Sample], *, batch_size: int, seed: int) -> None:
-        self._buckets = [sample.bucket for sample in samples]
+        numbers: dict[Bucket, int] = {}
+        self._buckets = torch.tensor([numbers.setdefault(sample.bucket, len(numbers)) for sample in samples])
         self._batch_size = batch_size
         self._seed = seed
-        counts: dict[Bucket, int] = {}
-        for bucket in self._buckets:
-            counts[bucket] = counts.get(bucket, 0) + 1
-        self.batches_per_epoch = sum(-(-count // batch_size) for count in counts.values())
+        self._counts = torch.bincount(self._buckets)
+        self.batches_per_epoch = int((-(-self._counts // batch_size)).sum())
         self._epoch = -1
-        self._batches: list[tuple[int, ...]] = []
+        self._batches: list[list[int]] = []
 
     def __getitem__(self, index: int) -> tuple[int, tuple[int, ...]]:
         """The epoch of a batch and the indices of its samples."""
         epoch, position = divmod(index, self.batches_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._shuffle(epoch)
-        return epoch, self._batches[position]
+        return epoch, tuple(self._batches[position])
 
-    def _shuffle(self, epoch: int) -> list[tuple[int, ...]]:
+    def _shuffle(self, epoch: int) -> list[list[int]]:
         """Walk a permutation and emit each batch as its bucket fills, so that with one bucket the sequence of samples
-        does not depend on the batch size; what did not fill a batch comes last."""
-        generator = generator_for(self._seed, "order", epoch)
-        filling: dict[Bucket, list[int]] = {}
-        batches = []
-        for index in torch.randperm(len(self._buckets), generator=generator).tolist():
-            batch = filling.setdefault(self._buckets[index], [])
-            batch.append(index)
-            if len(batch) == self._batch_size:
-                batches.append(tuple(filling.pop(self._buckets[index])))
-        return batches + [tuple(batch) for batch in filling.values()]
+        does not depend on the batch size; what did not fill a batch comes last, as it began to."""
+        size, counts = self._batch_size, self._counts
+        samples = torch.randperm(len(self._buckets), generator=generator_for(self._seed, "order", epoch))
+        # Steps of the walk by bucket, and the number of each within its bucket.
+        steps = torch.sort(self._buckets[samples], stable=True).indices
+        within = torch.arange(len(steps)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        fills = within < (counts // size * size).repeat_interleave(counts)
+        full = steps[fills].view(-1, size)
+        full = full[full[:, -1].argsort()]
+        rest = [part for part in steps[~fills].split((counts % size).tolist()) if len(part)]
+        rest.sort(key=lambda part: int(part[0]))
+        return samples[full].tolist() + [samples[part].tolist() for part in rest]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,16 @@ class Giver(Protocol):
         generator: torch.Generator | None,
     ) -> dict[str, torch.Tensor]:
         """The tensors of one sample."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """All of a batch that decides its work and its memory."""
+
+    bucket: Bucket
+    condition: Condition
+    """Which frames are given."""
+    num_samples: int
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,11 @@ class BatchDrawer:
             names=tuple(sample.name for sample in samples),
             num_tokens=sum(sample.num_tokens for sample in samples),
         )
+
+    def size(self, epoch: int, indices: Sequence[int]) -> Size:
+        """That of the batch which these samples make in this epoch, without reading it."""
+        first = indices[0]
+        return Size(self.samples[first].bucket, self._draw_condition(epoch, first), len(indices))
 
     def fixed(self, index: int, level: float) -> Batch:
         """One sample, from the mean of its posterior, under the most common condition, at this noise level and the
@@ -211,6 +227,10 @@ class BatchStream:
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def sizes(self, position: int) -> list[Size]:
+        """Of every process's batch in the round that begins at batch number `position`."""
+        return [self.drawer.size(*self.order[position + rank]) for rank in range(self.world_size)]
 
     def _choose(self, position: int) -> tuple[int, int, tuple[int, ...], int]:
         """Position, epoch and samples of this process's batch in the round that begins here, and the round's size."""

@@ -14,7 +14,7 @@ import torch
 
 from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata, map_tensors
 from finetrainers.data.cache import Cache
-from finetrainers.hashing import digest
+from finetrainers.hashing import digest, generator_for
 from finetrainers.types import Batch, Bucket, Condition, Sample
 
 BUCKETS = [Bucket(9, 64, 96), Bucket(17, 64, 64), Bucket(1, 32, 32)]
@@ -116,6 +116,23 @@ def test_every_sample_once_an_epoch_in_batches_of_one_bucket(num, num_buckets, b
         assert max(sizes) <= batch_size
         assert sum(size < batch_size for size in sizes) == sum(bool(count % batch_size) for count in counts.values())
         assert sizes == sorted(sizes, key=lambda size: size < batch_size), "what fills no batch comes last"
+
+
+@pytest.mark.parametrize(("num", "num_buckets", "batch_size"), SIZES)
+def test_the_order_is_that_of_a_walk(num, num_buckets, batch_size):
+    """A permutation is walked, and a batch comes as its bucket fills; what did not fill comes as it began to."""
+    samples = samples_of(num, num_buckets)
+    order = BatchOrder(samples, batch_size=batch_size, seed=3)
+    for epoch in (0, 1):
+        filling: dict[Bucket, list[int]] = {}
+        expected = []
+        for index in torch.randperm(num, generator=generator_for(3, "order", epoch)).tolist():
+            batch = filling.setdefault(samples[index].bucket, [])
+            batch.append(index)
+            if len(batch) == batch_size:
+                expected.append(tuple(filling.pop(samples[index].bucket)))
+        expected += [tuple(batch) for batch in filling.values()]
+        assert [order[epoch * order.batches_per_epoch + i][1] for i in range(len(expected))] == expected
 
 
 def sequence(num: int, *, batch_size: int, seed: int, epoch: int) -> list[int]:

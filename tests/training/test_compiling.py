@@ -1,0 +1,242 @@
+"""Compiled blocks: no graph breaks, one program for all layers that are alike, none made twice, and the numbers of
+blocks that are not compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from finetrainers.config.schema import MemoryConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
+from finetrainers.data.batch import map_tensors
+from finetrainers.engines.single import SingleEngine
+from finetrainers.errors import UserError
+from finetrainers.methods.base import Method
+from finetrainers.methods.find import find_method
+from finetrainers.objectives import build_objective
+from finetrainers.training.compiling import check_compiling, compile_blocks, is_compiled
+from finetrainers.training.models import load_models
+from finetrainers.training.simulated import blank_batch
+from finetrainers.types import Batch, Bucket, Condition
+from tests.families.deep import write_deep
+from tests.families.rows import Row
+from tests.families.tiny import TINY
+from tests.training.tiny_run import full, lora
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+NAMES = [name for name in TINY if not name.startswith("own") and name != "ltx-bundled"]
+LAYERS = 4
+Programs = list[torch.fx.GraphModule]
+
+
+def open_method(row: Row, folder: Path, name: str = "lora") -> Method:
+    family = row.open(folder)
+    objective = build_objective(
+        ObjectiveConfig(timestep_sampling="uniform", shift=1.0),
+        alphas_cumprod=family.alphas_cumprod(),
+        noise_range=family.noise_range,
+    )
+    options = lora(target_modules=TARGETS) if name == "lora" else full()
+    return find_method(options, family, objective, dtype=torch.float32)
+
+
+def load(method: Method, tmp_path: Path, *, checkpointing: str = "none", **memory: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    models, trained = load_models(
+        method,
+        SingleEngine(),
+        options=MemoryConfig(**memory),
+        seed=1,
+        checkpointing=checkpointing,
+        kept_in=tmp_path,
+    )
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in trained.values():
+            # Adapters begin as zeros, of which half have no gradient.
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    return models
+
+
+def batch_of(method: Method, size: Bucket, condition: Condition) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
+
+    blank = blank_batch(method, size, condition)
+    return dataclasses.replace(
+        blank,
+        latents_BCFHW=drawn(blank.latents_BCFHW),
+        noise_BCFHW=drawn(blank.noise_BCFHW),
+        text=map_tensors(blank.text, drawn),
+    )
+
+
+def compile_all(
+    method: Method, models: dict[str, Any], backend: Callable[[torch.fx.GraphModule, Any], Any] | str
+) -> None:
+    for name, model in models.items():
+        compile_blocks(method.family.blocks(name, model), backend=backend)
+
+
+@pytest.fixture
+def programs() -> Programs:
+    """Every program that dynamo hands to `counted`."""
+    torch.compiler.reset()
+    return []
+
+
+def counted(programs: Programs) -> Callable[[torch.fx.GraphModule, Any], Any]:
+    def backend(program: torch.fx.GraphModule, inputs: Any) -> Any:
+        programs.append(program)
+        return program.forward
+
+    return backend
+
+
+def losses_of(method: Method, models: dict[str, Any], batches: list[Batch]) -> list[float]:
+    losses = []
+    for batch in batches:
+        loss = method.loss(models, batch).mean()
+        loss.backward()
+        losses.append(loss.item())
+    return losses
+
+
+def kinds_of(method: Method, models: dict[str, Any]) -> int:
+    return len({type(block) for name, model in models.items() for block in method.family.blocks(name, model)})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_program_serves_all_layers(name, tmp_path, programs):
+    """Of each kind at most two, because the input of the first layer needs no gradient; none is made twice."""
+    row = TINY[name]
+    method = open_method(row, write_deep(name, tmp_path / "model", num_layers=LAYERS))
+    models = load(method, tmp_path)
+    condition = Condition.parse(row.conditions[0])
+    batches = [batch_of(method, Bucket.parse(size), condition) for size in (row.bucket, row.other_bucket)]
+    expected = losses_of(method, models, batches)
+    compile_all(method, models, counted(programs))
+    assert losses_of(method, models, batches) == expected
+    experts = len([each for each in models if each.startswith("transformer")])
+    assert len(programs) <= len(batches) * (kinds_of(method, models) + 1)
+    assert len(programs) >= len(batches) * kinds_of(method, models)
+    assert experts == 1 or len(programs) < 2 * experts * len(batches), "experts share their programs"
+    seen = len(programs)
+    losses_of(method, models, batches)
+    assert len(programs) == seen
+
+
+def test_none_is_made_twice_over_eight_sizes(tmp_path, programs):
+    method = open_method(TINY["ltx-0.9.5"], TINY["ltx-0.9.5"].write(tmp_path / "model"))
+    models = load(method, tmp_path)
+    compile_all(method, models, counted(programs))
+    sizes = [Bucket(f, h, w) for f in (9, 17) for h in (32, 64) for w in (64, 96)]
+    batches = [batch_of(method, size, Condition()) for size in sizes]
+    losses_of(method, models, batches)
+    assert len(programs) == 2 * len(sizes)
+    losses_of(method, models, batches[::-1])
+    assert len(programs) == 2 * len(sizes)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "checkpointing": {"checkpointing": "full"},
+    "every second block": {"checkpointing": "every-2"},
+    "attention": {"checkpointing": "attention"},
+    "feed-forward": {"checkpointing": "feed_forward"},
+    "offload": {"offload_activations": True, "checkpointing": "full"},
+    "streaming": {"stream_blocks": "all", "checkpointing": "full"},
+    "int8": {"base_weights": "int8"},
+    "fp8": {"base_weights": "fp8"},
+    "nf4": {"base_weights": "nf4"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_saves_memory_is_compiled_too(case, tmp_path, programs):
+    options = dict(CASES[case])
+    method = open_method(
+        TINY["wan-2.1"], write_deep("wan-2.1", tmp_path / "model", num_layers=3), options.pop("method", "lora")
+    )
+    batches = [batch_of(method, Bucket.parse(TINY["wan-2.1"].bucket), Condition())]
+    answers = []
+    for compiles in (False, True):
+        models = load(method, tmp_path, **options)
+        if compiles:
+            compile_all(method, models, counted(programs))
+        losses = losses_of(method, models, batches)
+        answers.append((losses, [parameter.grad for parameter in method.trained(models).values()]))
+    assert 1 <= len(programs) <= 3
+    assert answers[0][0] == answers[1][0]
+    assert all(torch.equal(*pair) for pair in zip(answers[0][1], answers[1][1], strict=True))
+
+
+INDUCTOR = ["ltx-0.9.5", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "ltx-0.9.5")]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", INDUCTOR)
+def test_gradients_are_those_of_blocks_that_are_not_compiled(name, tmp_path):
+    """By the compiler that runs use; what rounds otherwise is 1e-5 of the largest gradient at most."""
+    torch.compiler.reset()
+    row = TINY[name]
+    method = open_method(row, row.write(tmp_path / "model"))
+    condition = Condition.parse(row.conditions[0])
+    batches = [batch_of(method, Bucket.parse(size), condition) for size in (row.bucket, row.other_bucket)]
+    answers = []
+    for compiles in (False, True):
+        models = load(method, tmp_path)
+        if compiles:
+            compile_all(method, models, "inductor")
+            assert not any("_orig_mod" in key for model in models.values() for key in model.state_dict())
+        losses = losses_of(method, models, batches)
+        answers.append((losses, {key: each.grad for key, each in method.trained(models).items()}))
+    assert answers[1][0] == pytest.approx(answers[0][0], rel=1e-5)
+    for key, gradient in answers[0][1].items():
+        assert (answers[1][1][key] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), key
+
+
+def engine(device: str = "cpu", **more: Any) -> Any:
+    return SimpleNamespace(device=torch.device(device), context_size=1, **more)
+
+
+def test_auto_is_for_gpus():
+    parallel = ParallelConfig()
+    chosen = {
+        (option, device): is_compiled(TrainingConfig(compile=option), parallel, engine(device), method="lora")
+        for option in ("auto", "off", "blocks")
+        for device in ("cpu", "cuda")
+    }
+    on_gpu = chosen.pop(("auto", "cuda")), chosen.pop(("blocks", "cuda"))
+    assert chosen == {("auto", "cpu"): False, ("off", "cpu"): False, ("off", "cuda"): False, ("blocks", "cpu"): True}
+    # Where triton is, as it is wherever torch was built for CUDA.
+    import importlib.util
+
+    assert on_gpu == ((importlib.util.find_spec("triton") is not None),) * 2
+
+
+REFUSED = {
+    "ZeRO stage 3": ({"strategy": "deepspeed"}, {}, "lora", {"stage": 3}),
+    "in bf16, within blocks": ({"strategy": "fsdp"}, {"precision": "bf16"}, "full", {}),
+    "split tokens": ({}, {}, "lora", {"context_size": 2}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_compiled_is_refused(reason):
+    parallel, training, method, more = REFUSED[reason]
+    run = SimpleNamespace(**{"device": torch.device("cpu"), "context_size": 1, **more})
+    with pytest.raises(UserError, match=rf"training.compile blocks: .*{reason}.*set training.compile off"):
+        check_compiling(TrainingConfig(compile="blocks", **training), ParallelConfig(**parallel), run, method=method)
+    for option in ("auto", "off"):
+        check_compiling(TrainingConfig(compile=option, **training), ParallelConfig(**parallel), run, method=method)
+        assert not is_compiled(
+            TrainingConfig(compile=option, **training), ParallelConfig(**parallel), run, method=method
+        )
