@@ -16,10 +16,8 @@ from finetrainers.commands.completing import build_method
 from finetrainers.config.schema import RunConfig
 from finetrainers.families.find import hide_loading_bars
 from finetrainers.methods.base import Method
-from finetrainers.planning import count_flop
 from finetrainers.training.forecast import Work, simulate_step, training_phases
-from finetrainers.training.measures import save_activations
-from finetrainers.training.simulated import meta_models
+from finetrainers.training.operations import count_operations
 from finetrainers.types import Bucket, Condition
 
 VENDOR_PEAK = 989e12
@@ -39,16 +37,17 @@ def complete_line(line: Line, lines: list[Line]) -> Line:
     with tempfile.TemporaryDirectory() as folder:
         family, config, bucket = open_config(run_of(line), Path(folder), is_tiny=line["tiny"])
         method = build_method(family, config)
-        needed, executed = _count_work(method, config, bucket)
+        size, checkpointing = (bucket, Condition()), str(config.training.gradient_checkpointing)
+        work = count_operations(method, [size], checkpointing=checkpointing)[size]
         # The plan is of our own steps.
         phase = None if kind == "peft" else _predict(method, config, bucket)
     seconds, held = line["seconds"]["median"], line["memory"]["max_allocated_gib"]
     matmul_rate = (newest(lines, "R0", tiny=line["tiny"]) or {}).get("matmul_rate")
     computed = {
-        "flop": needed,
-        "executed_flop": executed,
-        "mfu": needed / seconds / VENDOR_PEAK,
-        "hfu": matmul_rate and executed / seconds / matmul_rate,
+        "flop": work.needed,
+        "executed_flop": work.executed,
+        "mfu": work.needed / seconds / VENDOR_PEAK,
+        "hfu": matmul_rate and work.executed / seconds / matmul_rate,
     }
     if phase is not None:
         computed |= {"predicted_gib": phase.peak / GIB, "predicted_host_gib": phase.host / GIB}
@@ -63,19 +62,6 @@ def run_of(line: Line) -> Run:
         f"{section}.{key}": value for section, values in line["options"].items() for key, value in values.items()
     }
     return replace(RUNS[line["run"]], model=line["model"], size=line["size"], options=options)
-
-
-def _count_work(method: Method, config: RunConfig, bucket: Bucket) -> tuple[float, float]:
-    """Operations of a step's passes: as few as there must be, and with what is computed again."""
-
-    def counted(checkpointing: str) -> float:
-        ours, models = meta_models(method)
-        save_activations(ours, models, checkpointing=checkpointing, offload=False)
-        return count_flop(ours.family, models, bucket, Condition())[1]
-
-    checkpointing = str(config.training.gradient_checkpointing)
-    needed = counted("none")
-    return needed, needed if checkpointing == "none" else counted(checkpointing)
 
 
 def _predict(method: Method, config: RunConfig, bucket: Bucket) -> Any:

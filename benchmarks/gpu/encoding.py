@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.gpu.measures import Clock, DeviceMemory, host_memory, spread
+from benchmarks.gpu.measures import DeviceMemory, host_memory
 from benchmarks.gpu.models import fill, open_config
 from benchmarks.gpu.runs import Run
 from benchmarks.gpu.training import SEED, Bench
 from finetrainers.engines.single import SingleEngine
+from finetrainers.training.instruments import Clock, spread
 
 
 def measure_encoding(run: Run, bench: Bench) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.gpu.measures import Clock
 from benchmarks.gpu.runs import Run
 from benchmarks.gpu.training import Bench
 from finetrainers.engines.single import SingleEngine
+from finetrainers.training.instruments import matmul_rate, median_seconds
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 HEADS = 24
@@ -26,7 +25,7 @@ def measure_limits(run: Run, bench: Bench) -> None:
     """Rates in operations and in bytes a second, medians."""
     device = SingleEngine().device
     side, lengths, nbytes = (64, (32,), 2**16) if bench.is_tiny else (8192, (2688, 19968, 32760), 2**30)
-    rate = _matmul_rate(side, bench, device)
+    rate = matmul_rate(side, torch.bfloat16, device, warm_up=bench.warm_up, timed=bench.timed)
     bench.record.put(matmul_rate=rate)
     bench.record.put(
         attention={
@@ -40,19 +39,7 @@ def measure_limits(run: Run, bench: Bench) -> None:
 
 
 def _median_seconds(run: Callable[[], Any], bench: Bench, device: torch.device) -> float:
-    clock = Clock(device)
-    for _ in range(bench.warm_up):
-        run()
-    clock.mark()
-    for _ in range(bench.timed):
-        run()
-        clock.mark()
-    return statistics.median(clock.seconds())
-
-
-def _matmul_rate(side: int, bench: Bench, device: torch.device) -> float:
-    first, second = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * side**3 / _median_seconds(lambda: first @ second, bench, device)
+    return median_seconds(run, device, warm_up=bench.warm_up, timed=bench.timed)
 
 
 def _attention(

@@ -1,14 +1,11 @@
-"""Instruments: moments on the device, memory, bytes that cross between host and device, and the record of a run."""
+"""Memory of the device, bytes that cross between host and device, and the record of a run."""
 
 from __future__ import annotations
 
 import json
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +31,6 @@ class Record:
         """Add to it."""
         self.values |= values
         self.path.write_text(json.dumps(self.values))
-
-
-class Clock:
-    """Marks moments in the device's work without waiting for it; how far they lie apart is asked at the end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._moments: list[Any] = []
-
-    def mark(self) -> None:
-        """What was given to the device before comes before this moment."""
-        if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._moments.append(event)
-        else:
-            self._moments.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """Between each moment and the next."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            return [first.elapsed_time(second) / 1000 for first, second in pairwise(self._moments)]
-        return [second - first for first, second in pairwise(self._moments)]
-
-
-def spread(seconds: Sequence[float]) -> dict[str, Any]:
-    """Median and 95th percentile, and all of them."""
-    return {
-        "median": statistics.median(seconds),
-        "p95": statistics.quantiles(seconds, n=20, method="inclusive")[-1],
-        "all": [round(each, 6) for each in seconds],
-    }
 
 
 class DeviceMemory:
@@ -141,26 +105,3 @@ def counted_copies() -> Iterator[Copies]:
 
     with Watch():
         yield copies
-
-
-def profiled(step: Callable[[], Any], *, most: int = 15) -> dict[str, Any]:
-    """What the device does in one more step: kernels, their seconds, and those of the ones that take longest."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    begun = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
-        step()
-        torch.cuda.synchronize()
-    wall = time.perf_counter() - begun
-    kernels: dict[str, list[float]] = {}
-    for event in record.events():
-        if event.device_type == DeviceType.CUDA:
-            kernels.setdefault(event.name[:100], []).append(event.time_range.elapsed_us() / 1e6)
-    longest = sorted(kernels.items(), key=lambda entry: -sum(entry[1]))[:most]
-    return {
-        "kernels": sum(map(len, kernels.values())),
-        "kernel_seconds": sum(map(sum, kernels.values())),
-        "wall_seconds": wall,
-        "longest": [{"name": name, "count": len(each), "seconds": sum(each)} for name, each in longest],
-    }

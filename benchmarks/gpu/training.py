@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.measures import PCIE4, Clock, DeviceMemory, Record, counted_copies, host_memory, profiled, spread
+from benchmarks.gpu.measures import PCIE4, DeviceMemory, Record, counted_copies, host_memory
 from benchmarks.gpu.models import OneBatch, open_config, random_batch, random_models
 from benchmarks.gpu.runs import Run
 from finetrainers.commands.completing import build_method
@@ -23,6 +23,7 @@ from finetrainers.engines.single import SingleEngine
 from finetrainers.methods.base import Method
 from finetrainers.optimizers.build import build_optimizer
 from finetrainers.training.compiling import is_compiled
+from finetrainers.training.instruments import Clock, profiled, spread
 from finetrainers.training.models import load_models
 from finetrainers.training.schedule import build_schedule
 from finetrainers.training.trainer import Trainer

@@ -14,7 +14,7 @@ from benchmarks.gpu import child, report
 from benchmarks.gpu import run as command
 from benchmarks.gpu.computed import VENDOR_PEAK, complete_line, run_of
 from benchmarks.gpu.lines import append_line, newest, read_lines
-from benchmarks.gpu.measures import Clock, counted_copies, spread
+from benchmarks.gpu.measures import counted_copies
 from benchmarks.gpu.models import open_config, random_models
 from benchmarks.gpu.runs import PART_SECONDS, RUNS, choose, parts, tiny
 from finetrainers.commands.completing import build_method
@@ -25,7 +25,7 @@ from tests.families.tiny import TINY
 ASKED = {f"R{number}" for number in range(14)}
 STEPS = {
     "device", "options", "size", "tokens", "load", "seconds", "tokens_per_second", "memory", "host", "loss",
-    "moved_bytes", "moved_seconds_at_25_gb",
+    "moved_bytes", "moved_seconds_at_25_gb", "warm_up_seconds",
 }  # fmt: skip
 PREDICTED = {"predicted_gib", "predicted_host_gib"}
 COMPUTED = {"flop", "executed_flop", "mfu", "hfu"} | PREDICTED
@@ -213,8 +213,8 @@ def test_refusals_to_complete(tmp_path, capsys):
 def test_the_runs_are_those_that_are_asked_for():
     assert {run.name.partition("-")[0] for run in RUNS.values()} == ASKED
     assert all(run.against in RUNS for run in RUNS.values() if run.against)
-    assert [run.name for run in choose(["R6"])] == ["R6", "R6-fp8"]
-    assert [run.name for run in choose(["R1"])] == ["R1-peft", "R1"], "not R10"
+    assert [run.name for run in choose(["R6"])] == ["R6", "R6-eager", "R6-fp8"]
+    assert [run.name for run in choose(["R1"])] == ["R1-peft", "R1", "R1-eager"], "not R10"
     grouped = parts(choose([]))
     assert [run for part in grouped for run in part] == list(RUNS.values())
     assert all(60 * sum(run.minutes for run in part) <= PART_SECONDS for part in grouped)
@@ -260,15 +260,6 @@ def test_copies_are_counted():
     assert (copies.to_device, copies.to_host) == (2 * 16 + 32, 0)
     copies.see(torch.zeros(2, device="meta"), torch.zeros(2))
     assert (copies.to_device, copies.to_host) == (2 * 16 + 32, 8)
-
-
-def test_times_are_between_marks():
-    clock = Clock(torch.device("cpu"))
-    for _ in range(4):
-        clock.mark()
-    assert len(clock.seconds()) == 3
-    assert spread([1.0, 2.0, 3.0])["median"] == 2.0
-    assert spread([float(n) for n in range(21)])["p95"] == 19.0
 
 
 def made_up(name: str, seconds: float, **more: Any) -> dict[str, Any]:
