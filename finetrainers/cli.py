@@ -23,6 +23,7 @@ VERBS = {
     "train": "encode what is not yet encoded, train, validate, checkpoint, save weights",
     "precompute": "only the encoding",
     "plan": "what would happen: clips and buckets, tokens, steps and epochs, parameters trained",
+    "bench": "measure the steps of a run on this machine, and say what binds them",
     "sample": "render videos with a base model and, if given, trained weights",
     "models": "the families, variants and tasks that are supported",
     "demo": "the whole of it, offline: a small model learns a style from rendered clips",
@@ -102,6 +103,21 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _bench_options(parser: argparse.ArgumentParser) -> None:
+    _config_options(parser)
+    _nproc_option(parser)
+    parser.add_argument(
+        "--steps", type=_at_least_two, default=20, metavar="N", help="steps that are timed, 2 or more (default 20)"
+    )
+    parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
+
+
+def _at_least_two(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"must be 2 or more, but is {text}")
+    return int(text)
+
+
 def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id or local diffusers folder")
     parser.add_argument("--prompt", action="append", required=True, help="what to render; may be given several times")
@@ -149,6 +165,7 @@ _ADD_OPTIONS = {
     "train": _train_options,
     "precompute": _precompute_options,
     "plan": _plan_options,
+    "bench": _bench_options,
     "sample": _sample_options,
     "models": _models_options,
     "demo": _demo_options,

@@ -40,7 +40,7 @@ def run_fresh(arguments: list[str]) -> tuple[int, list[str], str]:
 
 
 def test_help_imports_nothing_heavy():
-    assert VERBS.keys() >= {"train", "precompute", "plan", "sample", "models", "demo", "doctor", "report"}
+    assert VERBS.keys() >= {"train", "precompute", "plan", "bench", "sample", "models", "demo", "doctor", "report"}
     commands = [["--help"], *([verb, "--help"] for verb in VERBS)]
     with ThreadPoolExecutor(4) as pool:
         for command, (code, heavy, _) in zip(commands, pool.map(run_fresh, commands), strict=True):
@@ -50,7 +50,7 @@ def test_help_imports_nothing_heavy():
 def test_config_error_imports_nothing_heavy(tmp_path):
     config = tmp_path / "broken.yaml"
     config.write_text("model: {path: x}\ndata: {train: y}\noutput: z\ntraining: {stepz: 1}\n")
-    commands = [[verb, str(config)] for verb in ("train", "precompute", "plan")]
+    commands = [[verb, str(config)] for verb in ("train", "precompute", "plan", "bench")]
     commands.append(["train", str(tmp_path / "absent.yaml")])
     with ThreadPoolExecutor(4) as pool:
         for command, (code, heavy, stderr) in zip(commands, pool.map(run_fresh, commands), strict=True):

@@ -44,15 +44,21 @@ class Forecaster:
 
     def phases(self, config: RunConfig) -> list[Phase]:
         """Each phase of the run."""
-        training = training_phases(
+        return [*self._encoding(config), *self._training(config, self._validation(config))]
+
+    def training_gib(self, config: RunConfig) -> float:
+        """The most that its steps hold, without what comes before and between them."""
+        return self._training(config, None)[0].peak / GIB
+
+    def _training(self, config: RunConfig, validation: int | None) -> list[Phase]:
+        return training_phases(
             self._step(config),
-            self._validation(config),
+            validation,
             memory=config.memory,
             optimizer=config.optimizer,
             shards=num_shards(config),
             accumulates=_accumulates(config),
         )
-        return [*self._encoding(config), *training]
 
     def _encoding(self, config: RunConfig) -> list[Phase]:
         memory = config.memory

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 from finetrainers.commands.completing import DTYPES
 from finetrainers.commands.fit import MEASURES, get_option, has_option
@@ -51,36 +53,10 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
             set_aside(run)
         engine.wait()
         prepared = encode(family, config, engine)
-        seed_random_state(config.training.seed)
-        models, trained = load_models(
-            prepared.method,
-            engine,
-            options=config.memory,
-            kept_in=prepared.cache.root / "weights",
-            compiles=is_compiled(config.training, config.parallel, engine, method=config.method.name),
-            **_model_settings(config),
-        )
-        drawer = build_drawer(prepared, prepared.data.train)
-        optimizer = build_optimizer(trained, config.optimizer, seed=config.training.seed)
+        models, trained = load(prepared)
         checkpointer = build_checkpointer(prepared)
-        trainer = Trainer(
-            method=prepared.method,
-            models=models,
-            trained=trained,
-            batches=build_stream(prepared, drawer),
-            optimizer=optimizer,
-            schedule=build_schedule(
-                config.optimizer.lr_scheduler,
-                optimizer,
-                warmup_steps=config.optimizer.lr_warmup_steps,
-                steps=config.training.steps,
-            ),
-            engine=engine,
-            callbacks=build_callbacks(prepared, checkpointer),
-            stop_requested=signals.requested,
-            rescue=build_rescue(config),
-            **config.training.model_dump(include=_TRAINING_SETTINGS),
-        )
+        callbacks = build_callbacks(prepared, checkpointer)
+        trainer = build_trainer(prepared, models, trained, callbacks=callbacks, stop_requested=signals.requested)
         if resume != "never":
             checkpointer.resume(trainer, resume)
         # Not before: a resume that is refused must leave the earlier run's config as it was.
@@ -97,11 +73,51 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
     return 0
 
 
-def _model_settings(config: RunConfig) -> dict[str, Any]:
-    return {"seed": config.training.seed, "checkpointing": config.training.gradient_checkpointing}
+def load(prepared: Prepared) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
+    """The models as they are trained, on their device, and the parameters of them that move."""
+    config, engine = prepared.config, prepared.engine
+    seed_random_state(config.training.seed)
+    return load_models(
+        prepared.method,
+        engine,
+        options=config.memory,
+        seed=config.training.seed,
+        checkpointing=str(config.training.gradient_checkpointing),
+        kept_in=prepared.cache.root / "weights",
+        compiles=is_compiled(config.training, config.parallel, engine, method=config.method.name),
+    )
 
 
-_TRAINING_SETTINGS = {"steps", "gradient_accumulation_steps", "max_grad_norm", "seed"}
+def build_trainer(
+    prepared: Prepared,
+    models: dict[str, nn.Module],
+    trained: dict[str, nn.Parameter],
+    *,
+    callbacks: Sequence[Callback],
+    stop_requested: Callable[[], bool],
+) -> Trainer:
+    """The loop over the training clips, before its first step."""
+    config = prepared.config
+    drawer = build_drawer(prepared, prepared.data.train)
+    optimizer = build_optimizer(trained, config.optimizer, seed=config.training.seed)
+    return Trainer(
+        method=prepared.method,
+        models=models,
+        trained=trained,
+        batches=build_stream(prepared, drawer),
+        optimizer=optimizer,
+        schedule=build_schedule(
+            config.optimizer.lr_scheduler,
+            optimizer,
+            warmup_steps=config.optimizer.lr_warmup_steps,
+            steps=config.training.steps,
+        ),
+        engine=prepared.engine,
+        callbacks=callbacks,
+        stop_requested=stop_requested,
+        rescue=build_rescue(config),
+        **config.training.model_dump(include={"steps", "gradient_accumulation_steps", "max_grad_norm", "seed"}),
+    )
 
 
 def set_aside(run: RunFolder) -> None:

@@ -45,6 +45,11 @@ def reserved_gib(device: torch.device) -> float | None:
     return torch.cuda.memory_reserved(device) / _GIB if device.type == "cuda" else None
 
 
+def peak_reserved_gib(device: torch.device) -> float | None:
+    """The most that it kept since the last phase."""
+    return torch.cuda.max_memory_reserved(device) / _GIB if device.type == "cuda" else None
+
+
 def device_gib() -> float:
     """Memory of this process's device; on a CPU, its share of the host's among the processes started there."""
     if torch.cuda.is_available():

@@ -381,6 +381,20 @@ def test_workers_and_start_never_change_a_batch(drawer, num_workers, position):
     batches.close()
 
 
+def test_sizes_are_told_without_reading(drawer):
+    told = replace(drawer, samples=samples_of(7, 2), conditions=[(FIRST, 0.5), (NONE, 0.5)])
+    order = BatchOrder(told.samples, batch_size=3, seed=2)
+    sizes = [replace(stream(told, 0), order=order, world_size=2).sizes(position) for position in range(0, 24, 2)]
+    for number, size in enumerate(size for of_round in sizes for size in of_round):
+        epoch, indices = order[number]
+        assert {told.samples[index].bucket for index in indices} == {size.bucket}
+        assert size.num_samples == len(indices)
+        # Of other samples, which can be read, the batch that these indices make.
+        drawn = replace(drawer, conditions=told.conditions).draw(number, epoch, indices)
+        assert bool(drawn.given) == (size.condition == FIRST)
+    assert {size.condition for of_round in sizes for size in of_round} == {FIRST, NONE}
+
+
 @pytest.mark.parametrize("num_workers", [0, 3])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_processes_share_out_what_one_would_take(drawer, num_workers, world_size):
