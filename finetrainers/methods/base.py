@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,6 +68,15 @@ class Method(ABC):
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
+
+    def copy_weights(self, models: Mapping[str, nn.Module]) -> Callable[[], None]:
+        """Make the copies of weights that the method computes with, in another type than that in which they move, if
+        it keeps any. What is returned brings them up to date, and is to be called whenever the weights have moved."""
+        return lambda: None
+
+    def copied_bytes(self, models: Mapping[str, nn.Module]) -> int:
+        """What such copies take."""
+        return 0
 
     @property
     def saved_dtype(self) -> torch.dtype | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from finetrainers.errors import UserError
 from finetrainers.methods.base import Method
@@ -21,8 +22,36 @@ class CastingLinear(nn.Linear):
     peft would compute fp32 adapters in fp32, which keeps a third more activations for the backward pass.
     """
 
+    cast: Tensor | None
+    """The weight in the type that is computed in, kept up to date by who moves the weight; with none, or for inputs of
+    another type, the weight is cast whenever the layer runs. A buffer that is not saved."""
+
+    def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
+        super().__init__(in_features, out_features, **options)
+        self.register_buffer("cast", None, persistent=False)
+
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, self.weight.to(input.dtype))
+        if self.cast is None or self.cast.dtype != input.dtype:
+            return nn.functional.linear(input, self.weight.to(input.dtype))
+        answer: Tensor = _LinearOfCopy.apply(input, self.weight, self.cast)
+        return answer
+
+
+class _LinearOfCopy(torch.autograd.Function):
+    """Computes with a copy of the weight, and gives the weight its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.save_for_backward(input, copy)
+        return nn.functional.linear(input, copy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        input, copy = ctx.saved_tensors
+        to_input = gradient @ copy if ctx.needs_input_grad[0] else None
+        to_weight = gradient.flatten(0, -2).mT @ input.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return to_input, None if to_weight is None else to_weight.float(), None
 
 
 class Lora(Method):
@@ -50,6 +79,29 @@ class Lora(Method):
                 self._add_adapters(model, targets, seed)
         for parameter in self.trained(models).values():
             parameter.data = parameter.data.float()
+
+    def copy_weights(self, models: Mapping[str, nn.Module]) -> Callable[[], None]:
+        layers = self._casting_layers(models)
+        masters = [layer.weight for layer in layers]
+        copies = [master.detach().to(self.dtype) for master in masters]
+        for layer, copy in zip(layers, copies, strict=True):
+            layer.cast = copy
+
+        @torch.no_grad()
+        def refresh() -> None:
+            if copies:
+                torch._foreach_copy_(copies, masters)
+
+        return refresh
+
+    def copied_bytes(self, models: Mapping[str, nn.Module]) -> int:
+        return sum(layer.weight.numel() * self.dtype.itemsize for layer in self._casting_layers(models))
+
+    def _casting_layers(self, models: Mapping[str, nn.Module]) -> list[CastingLinear]:
+        """Those whose weights are of another type than what is computed in."""
+        modules = [module for model in models.values() for module in model.modules()]
+        layers = [module for module in modules if isinstance(module, CastingLinear)]
+        return layers if self.dtype != self.trained_dtype else []
 
     def _targets(self, part: str, model: nn.Module) -> list[str]:
         """Whole paths of the layers of one model that get adapters, so that the file says exactly what was trained."""

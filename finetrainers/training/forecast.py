@@ -154,7 +154,8 @@ def training_phases(
     # Before the backward pass has made gradients, or after: whichever is more.
     activations = max(height - gradients, step.height.after_forward)
     host = weights.host + state.host + away.device + away.host
-    device = weights.device // shards
+    # Copies of weights are whole on each; where those are shared out they are made, and let go, as a layer runs.
+    device = weights.device // shards + step.method.copied_bytes(step.models)
     phases = [Phase("train", device, gradients, kept, activations, device + kept + height, host)]
     if validation is not None:
         phases.append(_phase("validate", device, validation, optimizer=kept, host=host))

@@ -32,6 +32,7 @@ def simulated_models(
         for model in models.values():
             model.to_empty(device=SIMULATED)
             model.train()
+        ours.copy_weights(models)
         yield ours, models
 
 

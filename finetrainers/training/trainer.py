@@ -45,8 +45,12 @@ class Trainer:
     state: TrainState = field(default_factory=TrainState)
     _asked: bool = field(default=False, init=False)
     _spread: Loss = field(init=False)
+    _refresh: Callable[[], None] = field(init=False)
+    """Brings copies of the weights up to date."""
 
     def __post_init__(self) -> None:
+        # Weights that processes share out are whole only while they are computed with.
+        self._refresh = (lambda: None) if self.engine.shares else self.method.copy_weights(self.models)
         self._spread = self.engine.spread(
             functools.partial(self.method.loss, self.models), self.models, self.optimizer, self.max_grad_norm
         )
@@ -63,6 +67,8 @@ class Trainer:
     def fit(self) -> None:
         """Train from `state` to the last step. The callbacks are closed however it ends."""
         stream = self.batches.start(self.state.batches)
+        # A checkpoint may have been loaded.
+        self._refresh()
         try:
             for callback in self.callbacks:
                 callback.on_start(self)
@@ -88,6 +94,7 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         with told("the optimizer's step", self.device, advice=self.rescue.advice, held=self.held):
             grad_norm = self.engine.step()
+            self._refresh()
         self.schedule.step()
         self.state.step += 1
         self.state.batches += len(drawn) * self.engine.data_size
