@@ -68,6 +68,8 @@ class Real:
         self.models, self.trained = load_models(
             method, self.engine, options=memory, seed=0, checkpointing=word, kept_in=tmp_path
         )
+        # As the loop does.
+        method.copy_weights(self.models)
 
     def step(self, work: Work, optimizer: OptimizerConfig) -> Held:
         """After a step, as long as gradients are there."""
