@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from finetrainers.engines.base import Engine
@@ -18,6 +19,8 @@ from finetrainers.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_OLDEST = (7, 0)
+"""Compute capability of a GPU."""
 _CASES = 1024
 """Of one kind of block, what it may be compiled for: sizes, batches, with gradients and without. More is an error."""
 
@@ -47,6 +50,8 @@ def _obstacle(training: Any, parallel: Any, engine: Engine, method: str) -> str 
         return "processes that split tokens exchange them within blocks"
     if engine.device.type == "cuda" and find_spec("triton") is None:
         return "triton is not installed, which compiles for GPUs"
+    if engine.device.type == "cuda" and torch.cuda.get_device_capability(engine.device) < _OLDEST:
+        return "triton compiles for GPUs of compute capability 7.0 and up"
     if engine.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "there is no C++ compiler (g++), which compiles for CPUs"
     return None
@@ -56,17 +61,17 @@ def compile_blocks(blocks: Iterable[nn.Module], *, backend: str = "inductor") ->
     """Let each block's forward pass, and its backward pass, be compiled when it first runs. Names of weights stay what
     they were, and what hangs on a block's call, such as its weights being fetched, stays outside.
 
-    Each size of clips is compiled for when it is first seen, rather than one program for all: its kernels are faster,
-    and a run that goes on where another stopped has the same ones, whatever it sees first. (For all sizes at once,
-    inductor of torch 2.13 on a CPU gives the wrong gradient of HunyuanVideo's hidden states.) What was compiled is kept
-    on disk for later runs: in `TORCHINDUCTOR_CACHE_DIR`, or under the user's cache folder.
+    Each size of clips is compiled for when it is first seen, rather than one program for all, so that a run that goes
+    on where another stopped has the same kernels, whatever it sees first. (For all sizes at once, inductor of torch
+    2.13 on a CPU gives the wrong gradient of HunyuanVideo's hidden states.) What was compiled is kept on disk for later
+    runs: in `TORCHINDUCTOR_CACHE_DIR`, or under the user's cache folder.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_user_cache() / "finetrainers" / "compiled"))
-    import torch._dynamo
+    import torch._dynamo as dynamo
 
     # Past its limits torch would quietly compute without having compiled.
     limits = {"recompile_limit": _CASES, "accumulated_recompile_limit": _CASES, "fail_on_recompile_limit_hit": True}
-    torch._dynamo.config.load_config(limits)
+    dynamo.config.load_config(limits)
     _tell_compile_times()
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
