@@ -140,6 +140,8 @@ def test_a_run_cut_in_two_is_the_same_run(trained):
 
 def test_it_learns_one_clip(trained):
     """The loss of one clip, at fixed noise levels and noise, falls by more than a fifth."""
+    if trained.name == "ltx-bundled":
+        pytest.skip("test_learning.py trains it on many clips, to a stated loss")
     clip = render_clips(trained.root / "one", 1, num_frames=40, height=96, width=96, fps=16.0).parent
     output = trained.train(
         "learnt",
