@@ -72,7 +72,8 @@ def _binding(shares: Shares, setting: Setting, *, waiting: float) -> str:
         return f"bound by arithmetic: {reached}; {mend}"
     by, mend = "memory traffic and small kernels", _fewer_kernels(setting)
     if shares.busy is None:
-        by = "memory traffic and small operations"
+        # Compiled blocks are for GPUs.
+        by, mend = "memory traffic and small operations", "raise training.batch_size"
     elif setting.num_processes > 1:
         by += ", or by what processes send each other"
         mend += ", or training.gradient_accumulation_steps"

@@ -74,7 +74,7 @@ CASES = {
         {"num_workers": 0},
         ["waits for data: 50 % of a step; set data.num_workers=2, so that batches are read while a step runs",
          "the rest is bound by memory traffic and small operations: arithmetic reaches 20 % of the measured matmul "
-         "rate; set training.compile=blocks, or raise training.batch_size"],
+         "rate; raise training.batch_size"],
     ),
     "a CPU, arithmetic": (
         CPU | {"mfu": 0.8, "hfu": 0.8},
