@@ -5,7 +5,6 @@ Run: python benchmarks/compiled.py
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 import sys
@@ -44,7 +43,7 @@ def build_step(folder: Path, *, checkpointing: str, compiles: bool) -> Callable[
         "training": {"precision": "fp32"},
         "output": str(folder),
     }
-    family, config = complete(build_config(copy.deepcopy(settings)))
+    family, config = complete(build_config(settings))
     method = build_method(family, config)
     models, trained = load_models(
         method,

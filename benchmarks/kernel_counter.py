@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext
 
+from finetrainers.memory.simulation import tensors_in
+
 GPU = torch.device("cuda", 0)
 """What programs are scheduled for."""
 MATMULS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
@@ -129,15 +131,15 @@ def is_launched(func: Any, given: Any, made: Any) -> bool:
     """Whether an operation launches a kernel: it writes into a tensor, or makes one that is no view."""
     if func._schema.name.split("::")[1] in ALLOCATIONS:
         return False
-    old = {tensor.untyped_storage()._cdata for tensor in _tensors(given)}
-    new = [tensor for tensor in _tensors(made) if tensor.untyped_storage()._cdata not in old]
+    old = {tensor.untyped_storage()._cdata for tensor in tensors_in(given)}
+    new = [tensor for tensor in tensors_in(made) if tensor.untyped_storage()._cdata not in old]
     return bool(new) or func._schema.is_mutable
 
 
 def moved_bytes(name: str, given: Any, made: Any) -> int:
     """What an operation reads and writes; of a tensor that is repeated along a dimension what is there."""
-    read = list(_tensors(given))[name in OVERWRITING :]
-    return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in (*read, *_tensors(made)))
+    read = list(tensors_in(given))[name in OVERWRITING :]
+    return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in (*read, *tensors_in(made)))
 
 
 def count_program(
@@ -235,14 +237,3 @@ def _pretended_gpu() -> Iterator[None]:
         for name, answer in answers.items():
             stack.enter_context(mock.patch(name, return_value=answer))
         yield
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of an operation's arguments or answer."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))

@@ -21,9 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.kernel_counter import KernelCounter  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
-from benchmarks.published import PUBLISHED, Published  # noqa: E402
-from finetrainers.commands.completing import build_method, complete  # noqa: E402
-from finetrainers.config.load import build_config  # noqa: E402
+from benchmarks.published import PUBLISHED, Published, open_published  # noqa: E402
+from finetrainers.commands.completing import build_method  # noqa: E402
 from finetrainers.memory.simulation import HOST, saved_bytes  # noqa: E402
 from finetrainers.training.compiling import compile_blocks  # noqa: E402
 from finetrainers.training.measures import save_activations  # noqa: E402
@@ -51,14 +50,7 @@ def count(name: str, way: str) -> dict[str, float]:
     mode, checkpointing = way.split(", ")
     size = SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
-        MODELS[name].write(Path(folder) / "model")
-        settings: dict[str, Any] = {
-            "model": {"path": f"{folder}/model"},
-            "data": {"train": folder, "buckets": [size]},
-            "method": {"name": "lora", "rank": RANK},
-            "output": folder,
-        }
-        family, config = complete(build_config(settings), weights=False)
+        family, config = open_published(MODELS[name], size, Path(folder), method={"name": "lora", "rank": RANK})
         counter = KernelCounter()
         with simulated_models(build_method(family, config)) as (method, models):
             save_activations(method, models, checkpointing=checkpointing, offload=False, host=HOST)

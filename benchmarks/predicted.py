@@ -16,10 +16,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.published import PUBLISHED  # noqa: E402
-from finetrainers.commands.completing import build_method, complete  # noqa: E402
+from benchmarks.published import PUBLISHED, open_published  # noqa: E402
+from finetrainers.commands.completing import build_method  # noqa: E402
 from finetrainers.commands.plan import step_work  # noqa: E402
-from finetrainers.config.load import build_config  # noqa: E402
 from finetrainers.planning import BucketPlan, count_flop  # noqa: E402
 from finetrainers.scaling import Cluster, Work, predict  # noqa: E402
 from finetrainers.types import Bucket, Condition  # noqa: E402
@@ -37,15 +36,8 @@ NODES = (1, 8, 64)
 def count_work(name: str, method_name: str) -> Work:
     """What a step of one clip asks of each GPU, with every other option left out."""
     with tempfile.TemporaryDirectory() as folder:
-        PUBLISHED[name].write(Path(folder) / "model")
         size = SIZES[name]
-        settings = {
-            "model": {"path": f"{folder}/model"},
-            "data": {"train": folder, "buckets": [size]},
-            "method": {"name": method_name},
-            "output": folder,
-        }
-        family, config = complete(build_config(settings), weights=False)
+        family, config = open_published(PUBLISHED[name], size, Path(folder), method={"name": method_name})
         method = build_method(family, config)
         with torch.device("meta"):
             models = method.build()

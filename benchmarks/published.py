@@ -10,6 +10,10 @@ from typing import Any
 import diffusers
 import torch
 
+from finetrainers.commands.completing import complete
+from finetrainers.config.load import build_config
+from finetrainers.config.schema import RunConfig
+from finetrainers.families.base import Family
 from tests.families.tiny import TINY
 
 
@@ -33,6 +37,17 @@ class Published:
         config = json.loads(text_config.read_text())
         text_config.write_text(json.dumps({**config, **_TEXT_ENCODERS[config["model_type"]]}))
         return folder
+
+
+def open_published(model: Published, size: str, folder: Path, **sections: Any) -> tuple[Family, RunConfig]:
+    """The family of a published model that is written to `folder`, and the whole config of a run of one size of clips;
+    `sections` are more of the config."""
+    settings = {
+        "model": {"path": str(model.write(folder / "model"))},
+        "data": {"train": str(folder), "buckets": [size]},
+        "output": str(folder),
+    }
+    return complete(build_config(settings | sections), weights=False)
 
 
 _T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}

@@ -18,9 +18,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.predicted import SIZES  # noqa: E402
-from benchmarks.published import PUBLISHED  # noqa: E402
-from finetrainers.commands.completing import build_method, complete  # noqa: E402
-from finetrainers.config.load import build_config  # noqa: E402
+from benchmarks.published import PUBLISHED, open_published  # noqa: E402
+from finetrainers.commands.completing import build_method  # noqa: E402
 from finetrainers.memory.simulation import HOST, LiveBytes, peak_bytes  # noqa: E402
 from finetrainers.training.measures import save_activations  # noqa: E402
 from finetrainers.training.simulated import blank_batch, simulated_models  # noqa: E402
@@ -39,15 +38,8 @@ def count(name: str, method_name: str, way: str) -> dict[str, float]:
     word, _, offloaded = way.partition(" + ")
     size = SIZES[name]
     with tempfile.TemporaryDirectory() as folder:
-        PUBLISHED[name].write(Path(folder) / "model")
-        settings: dict[str, Any] = {
-            "model": {"path": f"{folder}/model"},
-            "data": {"train": folder, "buckets": [size]},
-            "method": METHODS[method_name],
-            "memory": {"offload_activations": bool(offloaded)},
-            "output": folder,
-        }
-        family, config = complete(build_config(settings), weights=False)
+        sections = {"method": METHODS[method_name], "memory": {"offload_activations": bool(offloaded)}}
+        family, config = open_published(PUBLISHED[name], size, Path(folder), **sections)
         with simulated_models(build_method(family, config)) as (method, models):
             offload = config.memory.offload_activations
             save_activations(method, models, checkpointing=word, offload=offload, host=HOST)

@@ -182,7 +182,7 @@ def _load(
         seed=SEED,
         checkpointing=str(config.training.gradient_checkpointing),
         kept_in=folder,
-        compiles=is_compiled(config.training, config.parallel, engine, method=config.method.name),
+        compiles=is_compiled(str(config.training.compile), engine, method.linear_dtype),
     )
 
 

@@ -103,7 +103,7 @@ def put_together(
     """All that is told, from the times of every step and the sizes of those that are `timed`."""
     config, engine, family = prepared.config, prepared.engine, prepared.family
     sizes = Counter(sizes[engine.data_rank] for rounds in timed.values() for sizes in rounds)
-    compiled = is_compiled(config.training, config.parallel, engine, method=config.method.name)
+    compiled = is_compiled(str(config.training.compile), engine, prepared.method.linear_dtype)
     setup = Setup(
         device=name_device(engine.device),
         processes=engine.world_size,

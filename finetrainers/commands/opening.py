@@ -90,9 +90,9 @@ def check_options(family: Family, config: RunConfig, engine: Engine) -> None:
         num_processes=engine.world_size,
     )
     check_rescue(config, engine)
-    check_compiling(config.training, config.parallel, engine, method=config.method.name)
-    checkpointing = config.training.gradient_checkpointing
-    check_streaming(build_method(family, config), engine, config.memory, checkpointing=checkpointing)
+    method = build_method(family, config)
+    check_compiling(str(config.training.compile), engine, method.linear_dtype)
+    check_streaming(method, engine, config.memory, checkpointing=config.training.gradient_checkpointing)
 
 
 def check_rescue(config: RunConfig, engine: Engine) -> None:

@@ -84,7 +84,7 @@ def load(prepared: Prepared) -> tuple[dict[str, nn.Module], dict[str, nn.Paramet
         seed=config.training.seed,
         checkpointing=str(config.training.gradient_checkpointing),
         kept_in=prepared.cache.root / "weights",
-        compiles=is_compiled(config.training, config.parallel, engine, method=config.method.name),
+        compiles=is_compiled(str(config.training.compile), engine, prepared.method.linear_dtype),
     )
 
 

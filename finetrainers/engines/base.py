@@ -86,6 +86,11 @@ class Engine(ABC):
             # alignment, and a resumed run must not.
             replace_tensors(model, lambda tensor: tensor.to(self.device, copy=True))
 
+    def within_blocks(self, dtype: torch.dtype | None) -> str | None:
+        """What it does in the middle of a block's pass, in words, where linear layers compute in `dtype` as `prepare`
+        takes it; None is nothing, so that blocks can be compiled."""
+        return "processes that split tokens exchange them within blocks" if self.context_size > 1 else None
+
     def held(self, tensors: Iterable[Tensor]) -> tuple[int, int]:
         """How many numbers of these this process holds, and how many there are."""
         counts = [_held(tensor) for tensor in tensors]

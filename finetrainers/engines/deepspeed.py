@@ -76,6 +76,9 @@ class DeepSpeedEngine(Processes):
                 self.receive(module)
                 deepspeed.zero.Init(module=module, config_dict_or_path=self._settings)
 
+    def within_blocks(self, dtype: torch.dtype | None) -> str | None:
+        return "ZeRO stage 3 brings weights together within blocks" if self.stage == 3 else super().within_blocks(dtype)
+
     def spread(
         self, loss: Loss, models: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> Loss:

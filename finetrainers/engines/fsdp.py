@@ -59,6 +59,11 @@ class FSDPEngine(Processes):
             if name.startswith("transformer"):
                 self._shard(model, dtype, again=None)
 
+    def within_blocks(self, dtype: torch.dtype | None) -> str | None:
+        if dtype is not None:
+            return "fsdp brings linear layers together in bf16 within blocks, under full fine-tuning"
+        return super().within_blocks(dtype)
+
     def _shard(self, module: nn.Module, dtype: torch.dtype | None, *, again: bool | None) -> None:
         """Share out the weights of a module, as far as it was not done by layers within. They travel together, linear
         layers in `dtype`; `again` is whether they are let go after the forward pass, which None leaves to torch."""

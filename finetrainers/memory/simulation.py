@@ -108,8 +108,8 @@ class LiveBytes:
 
     def _watch(self, given: Any, made: Any) -> None:
         # What shares memory with an input was there before, or is counted already.
-        old = {_storage(tensor) for tensor in _tensors(given)}
-        for tensor in _tensors(made):
+        old = {_storage(tensor) for tensor in tensors_in(given)}
+        for tensor in tensors_in(made):
             key = _storage(tensor)
             if tensor.device.type == self._device.type and key not in self._known and key not in old:
                 self._add(key, tensor.untyped_storage())
@@ -126,15 +126,15 @@ class LiveBytes:
         self.now -= size
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors of an operation's arguments or answer."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
     elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+        yield from tensors_in(tuple(value.values()))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -29,35 +30,33 @@ _SIMD = 1
 hidden states, by 4 %. Kernels for GPUs are not affected."""
 
 
-def check_compiling(training: Any, parallel: Any, engine: Engine, *, method: str) -> None:
-    """Raise UserError where `training.compile` asks for blocks that cannot be compiled."""
-    if training.compile == "blocks" and (reason := _obstacle(training, parallel, engine, method)):
+def check_compiling(option: str, engine: Engine, dtype: torch.dtype | None) -> None:
+    """Raise UserError where `training.compile` asks for blocks that cannot be compiled; `dtype` is what
+    `Engine.prepare` takes."""
+    if option == "blocks" and (reason := _obstacle(engine, dtype)):
         raise UserError(f"training.compile blocks: {reason}; set training.compile off")
 
 
-def is_compiled(training: Any, parallel: Any, engine: Engine, *, method: str) -> bool:
+def is_compiled(option: str, engine: Engine, dtype: torch.dtype | None) -> bool:
     """What `training.compile` comes to."""
-    if training.compile == "off" or (training.compile == "auto" and engine.device.type != "cuda"):
+    if option == "off" or (option == "auto" and engine.device.type != "cuda"):
         return False
-    if reason := _obstacle(training, parallel, engine, method):
+    if reason := _obstacle(engine, dtype):
         logger.info("blocks are not compiled: %s", reason)
     return reason is None
 
 
-def _obstacle(training: Any, parallel: Any, engine: Engine, method: str) -> str | None:
+def _obstacle(engine: Engine, dtype: torch.dtype | None) -> str | None:
     """Why blocks cannot be compiled, or None."""
-    if parallel.strategy == "deepspeed" and getattr(engine, "stage", 0) == 3:
-        return "ZeRO stage 3 fetches weights within blocks, where nothing else than tensors may happen"
-    if parallel.strategy == "fsdp" and method == "full" and training.precision == "bf16":
-        return "fsdp brings the linear layers of full fine-tuning together in bf16, within blocks"
-    if engine.context_size > 1:
-        return "processes that split tokens exchange them within blocks"
-    if engine.device.type == "cuda" and find_spec("triton") is None:
+    if reason := engine.within_blocks(dtype):
+        return reason
+    if engine.device.type == "cpu":
+        found = any(map(shutil.which, ("g++", "clang++", "c++")))
+        return None if found else "there is no C++ compiler (g++), which compiles for CPUs"
+    if find_spec("triton") is None:
         return "triton is not installed, which compiles for GPUs"
-    if engine.device.type == "cuda" and torch.cuda.get_device_capability(engine.device) < _OLDEST:
+    if torch.cuda.get_device_capability(engine.device) < _OLDEST:
         return "triton compiles for GPUs of compute capability 7.0 and up"
-    if engine.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        return "there is no C++ compiler (g++), which compiles for CPUs"
     return None
 
 
@@ -102,14 +101,10 @@ class _CompileTimes:
         logger.info("compiled a block, case %d: %.1f s, %.1f s in all", self._count, seconds, self._total)
 
 
-_times: _CompileTimes | None = None
-
-
+@functools.cache
 def _tell_compile_times() -> None:
-    global _times
-    if _times is None:
-        from torch._dynamo.callback import callback_handler
+    from torch._dynamo.callback import callback_handler
 
-        _times = _CompileTimes()
-        callback_handler.register_start_callback(_times.start)
-        callback_handler.register_end_callback(_times.end)
+    times = _CompileTimes()
+    callback_handler.register_start_callback(times.start)
+    callback_handler.register_end_callback(times.end)

@@ -34,8 +34,8 @@ def load_models(
     compiles: bool = False,
 ) -> tuple[Models, dict[str, nn.Parameter]]:
     """The models on their device and the parameters of them that move; `options` are the config's `memory` section.
-    What is to be kept of weights in low precision lies in the folder `kept_in`. With
-    `compiles`, blocks of transformers are compiled."""
+    What is to be kept of weights in low precision lies in the folder `kept_in`. With `compiles`, blocks of transformers
+    are compiled."""
     models = method.load(engine.device) if engine.is_main else method.build()
     method.attach(models, seed_for(seed, "adapters"))
     num_all = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
