@@ -90,7 +90,9 @@ def build_trainer(folder: Path, shape: dict[str, Any], steps: int) -> Trainer:
         method=method,
         models=models,
         trained=trained,
-        batches=BatchStream(BatchOrder(samples, batch_size=1, seed=0), drawer, num_workers=2, pin_memory=False),
+        batches=BatchStream(
+            BatchOrder(samples, batch_size=1, seed=0), drawer, num_workers=2, transfer=Transfer(torch.device("cpu"))
+        ),
         optimizer=optimizer,
         schedule=build_schedule("constant", optimizer, warmup_steps=0, steps=steps),
         engine=SingleEngine(),

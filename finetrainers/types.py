@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetrainers.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 # Shape suffixes: B batch, C channels, F frames (pixel or latent), H height, W width, L text tokens, D text features.
@@ -179,3 +181,14 @@ class Batch:
     @property
     def size(self) -> int:
         return len(self.names)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with each of its tensors changed, say moved."""
+        return replace(
+            self,
+            latents_BCFHW=change(self.latents_BCFHW),
+            noise_BCFHW=change(self.noise_BCFHW),
+            level_B=change(self.level_B),
+            text={name: change(tensor) for name, tensor in self.text.items()},
+            given={name: change(tensor) for name, tensor in self.given.items()},
+        )

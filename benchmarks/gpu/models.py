@@ -14,7 +14,7 @@ from benchmarks.published import PUBLISHED
 from finetrainers.commands.completing import complete
 from finetrainers.config.load import build_config
 from finetrainers.config.schema import RunConfig
-from finetrainers.data.batch import Drawn, map_tensors
+from finetrainers.data.batch import Drawn
 from finetrainers.families.base import Family
 from finetrainers.families.parts import cast_as_loaded
 from finetrainers.methods.base import Method
@@ -84,7 +84,7 @@ def random_batch(method: Method, bucket: Bucket, *, device: torch.device, seed: 
         number = number.to(tensor.dtype)
         return number.pin_memory() if device.type == "cuda" else number
 
-    batch = map_tensors(blank_batch(method, bucket, Condition()), drawn)
+    batch = blank_batch(method, bucket, Condition()).map(drawn)
     # A noise level is none of the normal law.
     batch.level_B.fill_(0.5)
     return batch

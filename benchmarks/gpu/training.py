@@ -18,7 +18,6 @@ from benchmarks.gpu.runs import Run
 from finetrainers.commands.completing import build_method
 from finetrainers.commands.opening import check_options
 from finetrainers.config.schema import RunConfig
-from finetrainers.data.batch import map_tensors
 from finetrainers.engines.single import SingleEngine
 from finetrainers.methods.base import Method
 from finetrainers.optimizers.build import build_optimizer
@@ -75,7 +74,7 @@ def measure_peft(run: Run, bench: Bench) -> None:
     batch = random_batch(method, bucket, device=device, seed=SEED)
 
     def step() -> Tensor:
-        on_device = map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+        on_device = batch.map(lambda tensor: tensor.to(device, non_blocking=True))
         loss = method.loss({name: transformer}, on_device).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -16,6 +16,7 @@ from finetrainers.commands.precompute import Prepared, encode
 from finetrainers.config.load import dump_config, identity, resolved_buckets, resolved_conditions
 from finetrainers.config.schema import RunConfig
 from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata
+from finetrainers.data.transfer import Transfer
 from finetrainers.encoding import Prompt
 from finetrainers.families.base import SamplingOptions
 from finetrainers.folder import RunFolder, write_atomically
@@ -189,7 +190,7 @@ def build_stream(prepared: Prepared, drawer: BatchDrawer) -> BatchStream:
         order,
         drawer,
         config.data.num_workers,
-        pin_memory=engine.device.type == "cuda",
+        Transfer(engine.device),
         rank=engine.data_rank,
         world_size=engine.data_size,
     )

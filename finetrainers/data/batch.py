@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from finetrainers.data.cache import Cache
+from finetrainers.data.transfer import Transfer
 from finetrainers.hashing import generator_for
 from finetrainers.latents import draw_latents
 from finetrainers.types import Batch, Bucket, Condition, Sample
@@ -207,24 +208,30 @@ class BatchStream:
     order: BatchOrder
     drawer: BatchDrawer
     num_workers: int
-    pin_memory: bool
+    transfer: Transfer
     rank: int = 0
     world_size: int = 1
 
     def start(self, position: int) -> Iterator[Drawn]:
-        """Yield this process's batches from batch number `position` on, which begins a round."""
+        """Yield this process's batches from batch number `position` on, which begins a round. When one is handed out
+        the next one is on its way to the device, if it has been read."""
         if self.num_workers == 0:
             while True:
-                yield self._load(*self._choose(position))
+                yield self._send(self._load(*self._choose(position)))()
                 position += self.world_size
         ahead: deque[Future[Drawn]] = deque()
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="batches")
+        under_way: Callable[[], Drawn] | None = None
         try:
             while True:
-                while len(ahead) <= self.num_workers:
+                # One for each worker to read, and one that waits to be sent.
+                while len(ahead) + (under_way is not None) < self.num_workers + 2:
                     ahead.append(pool.submit(self._load, *self._choose(position)))
                     position += self.world_size
-                yield ahead.popleft().result()
+                receive = under_way or self._send(ahead.popleft().result())
+                is_read = ahead[0].done() and ahead[0].exception() is None
+                under_way = self._send(ahead.popleft().result()) if is_read else None
+                yield receive()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -239,19 +246,9 @@ class BatchStream:
         return position + self.rank, *batches[self.rank], sum(len(indices) for _, indices in batches)
 
     def _load(self, position: int, epoch: int, indices: tuple[int, ...], num_samples: int) -> Drawn:
-        batch = self.drawer.draw(position, epoch, indices)
-        if self.pin_memory:
-            batch = map_tensors(batch, lambda tensor: tensor.pin_memory())
+        batch = self.transfer.prepare(self.drawer.draw(position, epoch, indices))
         return Drawn(position, epoch, batch, num_samples)
 
-
-def map_tensors(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-    """The batch with each of its tensors changed, say moved."""
-    return replace(
-        batch,
-        latents_BCFHW=change(batch.latents_BCFHW),
-        noise_BCFHW=change(batch.noise_BCFHW),
-        level_B=change(batch.level_B),
-        text={name: change(tensor) for name, tensor in batch.text.items()},
-        given={name: change(tensor) for name, tensor in batch.given.items()},
-    )
+    def _send(self, drawn: Drawn) -> Callable[[], Drawn]:
+        receive = self.transfer.send(drawn.batch)
+        return lambda: replace(drawn, batch=receive())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from finetrainers.data.batch import BatchStream, Drawn, map_tensors
+from finetrainers.data.batch import BatchStream, Drawn
 from finetrainers.engines.base import Engine, Loss
 from finetrainers.hashing import seed_for
 from finetrainers.memory.exhausted import free, is_exhausted, told
@@ -155,4 +155,4 @@ class Trainer:
         return self.method.loss(self.models, self._to_device(batch))
 
     def _to_device(self, batch: Batch) -> Batch:
-        return map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
+        return batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))

@@ -4,7 +4,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata, map_tensors
+from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata
 from finetrainers.data.cache import Cache
+from finetrainers.data.transfer import Transfer
 from finetrainers.hashing import digest, generator_for
 from finetrainers.types import Batch, Bucket, Condition, Sample
 
@@ -363,7 +364,7 @@ def test_a_fixed_batch_does_not_depend_on_the_other_samples(drawer):
 
 def stream(drawer: BatchDrawer, num_workers: int, batch_size: int = 2) -> BatchStream:
     order = BatchOrder(drawer.samples, batch_size=batch_size, seed=drawer.strata.seed)
-    return BatchStream(order, drawer, num_workers=num_workers, pin_memory=False)
+    return BatchStream(order, drawer, num_workers=num_workers, transfer=Transfer(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
@@ -442,7 +443,7 @@ def test_an_error_in_a_worker_surfaces(drawer, num_workers, tmp_path):
     order = BatchOrder(samples, batch_size=2, seed=5)
     bad = next(number for number in range(4) if 6 in order[number][1])
     before = reader_threads()
-    batches = BatchStream(order, broken, num_workers, pin_memory=False).start(0)
+    batches = BatchStream(order, broken, num_workers, Transfer(torch.device("cpu"))).start(0)
     for number in range(bad):
         assert next(batches).batch.names == tuple(samples[index].name for index in order[number][1])
     with pytest.raises(FileNotFoundError, match=digest(["video", 99])):
@@ -451,7 +452,7 @@ def test_an_error_in_a_worker_surfaces(drawer, num_workers, tmp_path):
 
 
 def test_reading_ahead_is_bounded(drawer, monkeypatch):
-    """However slow the step, no more batches than workers wait in memory, and one in hand."""
+    """However slow the step, no more batches than workers wait in memory, with one under way and one in hand."""
     loaded = []
     draw = BatchDrawer.draw
     monkeypatch.setattr(BatchDrawer, "draw", lambda self, *given: (loaded.append(given), draw(self, *given))[1])
@@ -459,13 +460,41 @@ def test_reading_ahead_is_bounded(drawer, monkeypatch):
     for taken in range(1, 5):
         next(batches)
         time.sleep(0.1)
-        assert len(loaded) <= taken + 3
+        assert len(loaded) <= taken + 4
     batches.close()
 
 
-def test_map_tensors_changes_every_tensor_and_nothing_else(drawer):
+class Diary(Transfer):
+    """Writes down what is sent and received."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.events: list[tuple[str, tuple[str, ...]]] = []
+
+    def send(self, batch: Batch) -> Callable[[], Batch]:
+        self.events.append(("sent", batch.names))
+        return lambda: (self.events.append(("received", batch.names)), batch)[1]
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_the_next_batch_is_on_its_way_when_one_is_handed_out(drawer, num_workers):
+    diary = Diary()
+    batches = replace(stream(drawer, num_workers), transfer=diary).start(0)
+    for _ in range(5):
+        names = next(batches).batch.names
+        # The step's passes would be launched here, and threads read.
+        time.sleep(0.1)
+    batches.close()
+    sent = [names for event, names in diary.events if event == "sent"]
+    received = [names for event, names in diary.events if event == "received"]
+    assert received == sent[: len(received)] and received[-1] == names
+    # Not from the first on, before anything was read.
+    assert diary.events[-2:] == [("sent", sent[5]), ("received", names)]
+
+
+def test_map_changes_every_tensor_and_nothing_else(drawer):
     batch = replace(drawer, conditions=[(BOTH, 1.0)]).draw(0, 0, [0, 1])
-    doubled = map_tensors(batch, lambda tensor: tensor * 2)
+    doubled = batch.map(lambda tensor: tensor * 2)
     assert len(tensors(batch)) == 8
     assert all(torch.equal(tensors(doubled)[name], 2 * tensor) for name, tensor in tensors(batch).items())
     assert (doubled.names, doubled.fps, doubled.num_tokens) == (batch.names, batch.fps, batch.num_tokens)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from finetrainers.config.schema import LoraOptions, MemoryConfig, ObjectiveConfig
-from finetrainers.data.batch import map_tensors
 from finetrainers.engines.single import SingleEngine
 from finetrainers.families.base import Family
 from finetrainers.hashing import generator_for
@@ -86,7 +85,7 @@ def quantized_layers(models: dict[str, torch.nn.Module]) -> dict[str, QuantizedL
 def moved(batch: Batch, models: dict[str, torch.nn.Module]) -> Batch:
     """The batch where the models are."""
     device = next(models["transformer"].parameters()).device
-    return map_tensors(batch, lambda tensor: tensor.to(device))
+    return batch.map(lambda tensor: tensor.to(device))
 
 
 def steps(method: Method, name: str, folder: Path, num_steps: int, **memory: Any) -> SimpleNamespace:

@@ -117,6 +117,5 @@ def train(method: Method, models: dict[str, torch.nn.Module], batches: list[Batc
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on another device."""
-    from finetrainers.data.batch import map_tensors
 
-    return map_tensors(batch, lambda tensor: tensor.to(device))
+    return batch.map(lambda tensor: tensor.to(device))

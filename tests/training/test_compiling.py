@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from finetrainers.config.schema import MemoryConfig, ObjectiveConfig
-from finetrainers.data.batch import map_tensors
 from finetrainers.engines.deepspeed import DeepSpeedEngine
 from finetrainers.engines.fsdp import FSDPEngine
 from finetrainers.engines.single import SingleEngine
@@ -201,7 +200,7 @@ def assert_same_gradients(name: str, tmp_path: Path, kind: str, *, most: float) 
     method = open_method(row, row.write(tmp_path / "model"), kind)
     condition = Condition.parse(row.conditions[0])
     sizes = [Bucket.parse(size) for size in (row.bucket, row.other_bucket)]
-    batches = [map_tensors(batch_of(method, size, condition), lambda tensor: tensor.to(device)) for size in sizes]
+    batches = [batch_of(method, size, condition).map(lambda tensor: tensor.to(device)) for size in sizes]
     answers = []
     for compiles in (False, True):
         models = load(method, tmp_path)
