@@ -22,6 +22,7 @@ from machine import describe_machine
 from finetrainers.config.schema import LoraOptions, ModelConfig, ObjectiveConfig, OptimizerConfig
 from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata
 from finetrainers.data.cache import Cache
+from finetrainers.data.transfer import Transfer
 from finetrainers.engines.single import SingleEngine
 from finetrainers.families.ltx import TARGETS, LTXVideo
 from finetrainers.folder import RunFolder

@@ -94,7 +94,7 @@ def count_flop(
                 torch.zeros(1),
                 text={name: tensor[None] for name, tensor in text.items()},
                 given={name: tensor[None] for name, tensor in given.items()},
-                fps=(family.default_fps,),
+                fps_B=torch.full((1,), family.default_fps),
             )
             forward = counter.get_total_flops()
             answer.sum().backward()

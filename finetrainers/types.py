@@ -159,7 +159,7 @@ class Sample:
 class Batch:
     """Samples of one bucket, drawn and ready for a step: clean latents, noise and noise level, text and given frames.
 
-    All tensors are fp32 but for those that an encoder made, which have its own type.
+    All tensors but `fps_B` are fp32, and those that an encoder made, which have its own type.
     """
 
     latents_BCFHW: Tensor
@@ -172,8 +172,8 @@ class Batch:
     given: dict[str, Tensor]
     """What the family makes of the frames that the model is given, batched; `frames` [B, F] marks latent frames that
     are given clean and are not to be learned."""
-    fps: tuple[float, ...]
-    """Kept as numbers, so that reading them never waits for the device."""
+    fps_B: Tensor
+    """Frames per second of each sample, fp64, so that a model is told them as precisely as its pipeline tells it."""
     names: tuple[str, ...]
     num_tokens: int
     """Video tokens of the whole batch."""
@@ -191,4 +191,5 @@ class Batch:
             level_B=change(self.level_B),
             text={name: change(tensor) for name, tensor in self.text.items()},
             given={name: change(tensor) for name, tensor in self.given.items()},
+            fps_B=change(self.fps_B),
         )

@@ -57,7 +57,8 @@ def measure(config: RunConfig, *, steps: int) -> Measured | None:
         times = StepTimes(engine.device)
         callbacks = [MetricsFile(prepared.run), times]
         trainer = build_trainer(prepared, models, trained, callbacks=callbacks, stop_requested=signals.requested)
-        timed = choose_steps(sizes_of_steps(trainer), count=steps)
+        meetings = 2 if config.training.cuda_graphs else 1
+        timed = choose_steps(sizes_of_steps(trainer), count=steps, meetings=meetings)
         trainer.steps = max(timed) + 1
         signals.defer()
         trainer.fit()
@@ -111,6 +112,7 @@ def put_together(
         method=config.method.name,
         precision=config.training.precision,
         compiled=compiled,
+        cuda_graphs=config.training.cuda_graphs,
         gradient_checkpointing=str(config.training.gradient_checkpointing),
         sizes=[
             {
@@ -138,7 +140,7 @@ def put_together(
         rate=rate,
     )
     shares = Shares(steps.data_share, kernels.busy_share, arithmetic.mfu, arithmetic.hfu)
-    said = verdict(shares, Setting(compiled, config.data.num_workers, engine.world_size))
+    said = verdict(shares, Setting(compiled, config.training.cuda_graphs, config.data.num_workers, engine.world_size))
     return Measured(setup, steps, memory, arithmetic, kernels, said)
 
 

@@ -57,7 +57,8 @@ class Forecaster:
             memory=config.memory,
             optimizer=config.optimizer,
             shards=num_shards(config),
-            accumulates=_accumulates(config),
+            keeps=keeps_gradients(config),
+            records=config.training.cuda_graphs,
         )
 
     def _encoding(self, config: RunConfig) -> list[Phase]:
@@ -72,7 +73,7 @@ class Forecaster:
         work = self._work(config)
         # Gradients of streamed blocks leave the device as they come, too.
         leave = bool(memory.stream_blocks) and not work.method.saves_trained_only
-        release = config.optimizer.in_backward or leave or _accumulates(config)
+        release = config.optimizer.in_backward or leave or keeps_gradients(config)
         computed = (checkpointing, memory.offload_activations, memory.base_weights, release)
         key = str((config.method, *computed))
         if key not in self._steps:
@@ -98,9 +99,9 @@ class Forecaster:
         )
 
 
-def _accumulates(config: RunConfig) -> bool:
-    """Whether gradients are there while a pass of a step begins."""
-    return config.training.gradient_accumulation_steps > 1
+def keeps_gradients(config: RunConfig) -> bool:
+    """Whether gradients are there while a pass of a step begins: those of passes before it, or buffers for them."""
+    return config.training.gradient_accumulation_steps > 1 or config.training.cuda_graphs
 
 
 def num_shards(config: RunConfig) -> int:

@@ -16,6 +16,7 @@ class Setup:
     method: str
     precision: str
     compiled: bool
+    cuda_graphs: bool
     gradient_checkpointing: str
     sizes: list[dict[str, Any]]
     """Of the batches of the timed steps, of the main process: `bucket`, `condition`, `samples`, and how many
@@ -23,12 +24,13 @@ class Setup:
 
     def lines(self) -> list[str]:
         compiled = ", compiled" if self.compiled else ""
+        recorded = ", CUDA graphs" if self.cuda_graphs else ""
         where = f"{self.processes} processes, each on {self.device}" if self.processes > 1 else self.device
         sizes = (
             f"  {size['bucket']}, given {size['condition']}, batches of {size['samples']}: {size['batches']}"
             for size in self.sizes
         )
-        return [f"{self.family}, {self.method}, {self.precision}{compiled}, on {where}", *sizes]
+        return [f"{self.family}, {self.method}, {self.precision}{compiled}{recorded}, on {where}", *sizes]
 
 
 @dataclass(frozen=True)

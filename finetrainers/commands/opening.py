@@ -16,7 +16,9 @@ from finetrainers.engines.base import Engine
 from finetrainers.engines.build import build_engine, pick_strategy
 from finetrainers.errors import UserError
 from finetrainers.families.base import Family
+from finetrainers.memory.checkpointing import draws
 from finetrainers.memory.report import device_gib
+from finetrainers.methods.base import Method
 from finetrainers.optimizers.build import can_be_shared, check_optimizer
 from finetrainers.planning import states_gib
 from finetrainers.training.compiling import check_compiling
@@ -91,6 +93,7 @@ def check_options(family: Family, config: RunConfig, engine: Engine) -> None:
     )
     check_rescue(config, engine)
     method = build_method(family, config)
+    check_recording(config, engine, method)
     check_compiling(str(config.training.compile), engine, method.linear_dtype)
     check_streaming(method, engine, config.memory, checkpointing=config.training.gradient_checkpointing)
 
@@ -112,6 +115,35 @@ def check_rescue(config: RunConfig, engine: Engine) -> None:
             "optimizer.in_backward has no gradients to apply on the device where memory.stream_blocks sends those of "
             "streamed blocks to the host: leave one out"
         )
+
+
+def check_recording(config: RunConfig, engine: Engine, method: Method) -> None:
+    """Refuse to record passes that are not the same each time, or whose tensors move."""
+    if not config.training.cuda_graphs:
+        return
+    models = method.build()
+    with torch.device("meta"):
+        method.attach(models, seed=0)
+    blocks = [block for name, model in models.items() for block in method.family.blocks(name, model)]
+    again = str(config.training.gradient_checkpointing) != "none"
+    optimizer, memory = config.optimizer, config.memory
+    obstacles = {
+        "takes an NVIDIA GPU": engine.device.type != "cuda",
+        "is for one process": engine.world_size > 1 or engine.shares,
+        "is not for two experts, of which noise levels choose one: name one with model.experts": len(models) > 1
+        and "transformer_2" in models,
+        "is not for a text encoder that learns: set method.text_encoder frozen": method.trains_text_encoder,
+        "is not for weights that move: leave memory.stream_blocks out": bool(memory.stream_blocks),
+        "is not for activations that move: leave memory.offload_activations out": memory.offload_activations,
+        "is not for gradients that are applied as they come: leave optimizer.in_backward out": optimizer.in_backward,
+        "cannot take memory.on_oom adapt, after which other activations are kept: leave it out": memory.on_oom
+        == "adapt",
+        "cannot draw the same dropout again: set method.dropout 0, or training.gradient_checkpointing none": again
+        and any(map(draws, blocks)),
+    }
+    for reason, is_met in obstacles.items():
+        if is_met:
+            raise UserError(f"training.cuda_graphs {reason}")
 
 
 def weights_dtype(config: RunConfig) -> str | None:

@@ -31,6 +31,7 @@ from finetrainers.training.metrics import MetricsFile
 from finetrainers.training.models import load_models
 from finetrainers.training.progress import ProgressLine
 from finetrainers.training.random_state import seed_random_state
+from finetrainers.training.recorded import CudaGraphs
 from finetrainers.training.rescue import Rescue
 from finetrainers.training.saving import WeightsSaver
 from finetrainers.training.schedule import build_schedule
@@ -116,6 +117,7 @@ def build_trainer(
         engine=prepared.engine,
         callbacks=callbacks,
         stop_requested=stop_requested,
+        recorder=CudaGraphs(prepared.engine.device) if config.training.cuda_graphs else None,
         rescue=build_rescue(config),
         **config.training.model_dump(include={"steps", "gradient_accumulation_steps", "max_grad_norm", "seed"}),
     )

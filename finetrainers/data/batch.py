@@ -134,7 +134,7 @@ class BatchDrawer:
             level_B=torch.tensor([self.law(s.num_tokens, u) for s, u in zip(samples, levels, strict=True)]),
             text=_stack(texts),
             given=_stack(given),
-            fps=tuple(sample.fps for sample in samples),
+            fps_B=torch.tensor([sample.fps for sample in samples], dtype=torch.float64),
             names=tuple(sample.name for sample in samples),
             num_tokens=sum(sample.num_tokens for sample in samples),
         )
@@ -157,7 +157,7 @@ class BatchDrawer:
             level_B=torch.tensor([level]),
             text=_stack([self.cache.read("texts", sample.text_key)]),
             given=_stack([self._given(sample, condition, latents, None)]),
-            fps=(sample.fps,),
+            fps_B=torch.tensor([sample.fps], dtype=torch.float64),
             names=(sample.name,),
             num_tokens=sample.num_tokens,
         )

@@ -188,11 +188,13 @@ class Family(ABC):
         *,
         text: Mapping[str, Tensor],
         given: Mapping[str, Tensor],
-        fps: Sequence[float],
+        fps_B: Tensor,
     ) -> Tensor:
         """The transformer's answer, fp32, in the shape of the latents; called exactly as the pipeline calls it.
 
         `latents_BCFHW` are noised in all frames; where `given` says that frames are given clean, they are put in here.
+        `fps_B` are the frames per second of the clips, fp64. Nothing is to be taken from the host, nor told to it, that
+        depends on a batch's numbers: the device would be waited for, and the pass could not be recorded.
         """
 
     # Video.

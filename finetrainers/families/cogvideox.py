@@ -164,7 +164,7 @@ class CogVideoX(Family):
         *,
         text: Mapping[str, Tensor],
         given: Mapping[str, Tensor],
-        fps: Sequence[float],
+        fps_B: Tensor,
     ) -> Tensor:
         transformer = transformers["transformer"]
         told: dict[str, Any] = {"image_rotary_emb": None}

@@ -154,7 +154,7 @@ class HunyuanVideo(Family):
         *,
         text: Mapping[str, Tensor],
         given: Mapping[str, Tensor],
-        fps: Sequence[float],
+        fps_B: Tensor,
     ) -> Tensor:
         transformer = transformers["transformer"]
         dtype = transformer.dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from math import lcm
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finetrainers.errors import UserError
 from finetrainers.families.base import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Family, SamplingOptions
-from finetrainers.families.ltx_positions import causal_coordinates, seconds_between
+from finetrainers.families.ltx_positions import causal_grid, in_seconds, seconds_between
 from finetrainers.families.parts import (
     build_network,
     count_tokens,
@@ -222,7 +222,7 @@ class LTXVideo(Family):
         *,
         text: Mapping[str, Tensor],
         given: Mapping[str, Tensor],
-        fps: Sequence[float],
+        fps_B: Tensor,
     ) -> Tensor:
         transformer = transformers["transformer"]
         frames, height, width = latents_BCFHW.shape[2:]
@@ -240,37 +240,35 @@ class LTXVideo(Family):
             timestep=timestep,
             encoder_attention_mask=text["prompt_attention_mask"],
             return_dict=False,
-            **self._positions((frames, height, width), tuple(map(self._told, fps)), given, packed_BSC.device),
+            **self._positions((frames, height, width), self._told(fps_B), given),
         )[0]
         answer_BSC = answer_BSC[:, answer_BSC.shape[1] - frames * height * width :]
         return answer_BSC.float().transpose(1, 2).unflatten(2, (frames, height, width))
 
     @cached_property
-    def _coordinates(self) -> Callable[..., Tensor]:
+    def _grid(self) -> Callable[..., Tensor]:
         """Remembers its answers, because every step of a bucket asks for the same."""
-        return lru_cache(maxsize=64)(causal_coordinates)
+        return cache(causal_grid)
 
-    def _told(self, fps: float) -> float:
+    def _told(self, fps: Any) -> Any:
         """Frame rate that the model is told: as its positions are seconds, interpolation in time is a faster clip."""
         rope = self.options.rope_temporal
         return fps if rope is None else fps * max((rope.frames - 1) / (LONGEST - 1), 1.0)
 
-    def _positions(
-        self, shape: tuple[int, int, int], fps: tuple[float, ...], given: Mapping[str, Tensor], device: torch.device
-    ) -> dict[str, Any]:
+    def _positions(self, shape: tuple[int, int, int], fps_B: Tensor, given: Mapping[str, Tensor]) -> dict[str, Any]:
         """Where the tokens lie in time and space, as the version's own pipeline says it."""
         frames, height, width = shape
         stride, space = self.strides
         if not self.is_causal:
-            scale = (seconds_between(stride, fps, device), space, space)
+            scale = (seconds_between(stride, fps_B), space, space)
             return {"num_frames": frames, "height": height, "width": width, "rope_interpolation_scale": scale}
-        size = (height, width, self.strides)
-        coordinates = self._coordinates(tuple(range(0, stride * frames, stride)), *size, fps, device)
+        size = (height, width, self.strides, fps_B.device)
+        grid_3S = self._grid(tuple(range(0, stride * frames, stride)), *size)
         if "last" in given:
             # A frame by itself, at the moment of the clip's last one.
-            last = self._coordinates((stride * frames - 1,), *size, fps, device)
-            coordinates = torch.cat([last, coordinates], dim=2)
-        return {"video_coords": coordinates}
+            last_3S = self._grid((stride * frames - 1,), *size)
+            grid_3S = torch.cat([last_3S, grid_3S], dim=1)
+        return {"video_coords": in_seconds(grid_3S, fps_B)}
 
     def pipeline(self, **parts: Any) -> Any:
         given = {name: parts.get(name) for name in ("vae", "text_encoder", "tokenizer", "transformer")}

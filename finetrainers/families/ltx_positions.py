@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 # Shape suffixes: B batch, S video tokens.
 
 
-def seconds_between(stride: int, fps: Sequence[float], device: torch.device) -> float | Tensor:
-    """Seconds between latents: a number where the batch agrees, as the pipeline passes it, else one a sample."""
-    if len(set(fps)) == 1:
-        return stride / fps[0]
-    return torch.tensor([stride / rate for rate in fps], device=device).view(-1, 1, 1, 1, 1)
+def seconds_between(stride: int, fps_B: Tensor) -> Tensor:
+    """Seconds between latents of each sample, [B, 1, 1, 1, 1], fp32 as the pipeline's number becomes."""
+    return (stride / fps_B).float().view(-1, 1, 1, 1, 1)
 
 
-def causal_coordinates(
-    ends: tuple[int, ...],
-    height: int,
-    width: int,
-    strides: tuple[int, int],
-    fps: tuple[float, ...],
-    device: torch.device,
+def causal_grid(
+    ends: tuple[int, ...], height: int, width: int, strides: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Start of each latent in seconds and pixels, [B, 3, S]; `strides` are the frames and pixels that one stands for. A
+    """Start of each latent in frames and pixels, [3, S]; `strides` are the frames and pixels that one stands for. A
     latent of n frames that ends at pixel frame e begins n - 1 frames before it, the first one at 0."""
     frames, space = strides
     axes = (
@@ -33,7 +24,11 @@ def causal_coordinates(
         torch.arange(height, device=device) * space,
         torch.arange(width, device=device) * space,
     )
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1).float()
-    coordinates = grid.repeat(len(fps), 1, 1)
-    coordinates[:, 0] *= torch.tensor([1.0 / rate for rate in fps], device=device)[:, None]
-    return coordinates
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1).float()
+
+
+def in_seconds(grid_3S: Tensor, fps_B: Tensor) -> Tensor:
+    """The same in seconds and pixels of each sample, [B, 3, S]."""
+    coordinates_B3S = grid_3S.repeat(len(fps_B), 1, 1)
+    coordinates_B3S[:, 0] *= (1.0 / fps_B).float()[:, None]
+    return coordinates_B3S

@@ -151,7 +151,7 @@ class Wan(Family):
         *,
         text: Mapping[str, Tensor],
         given: Mapping[str, Tensor],
-        fps: Sequence[float],
+        fps_B: Tensor,
     ) -> Tensor:
         known = {name: transformers[name] for name in EXPERTS["both"] if name in transformers}
         if len(known) == 1:

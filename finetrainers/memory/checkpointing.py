@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from finetrainers.memory.offload import ActivationOffloader
@@ -38,17 +39,24 @@ def set_activations(
         model.disable_gradient_checkpointing()
         return
     indices = {block: index for index, block in enumerate(blocks)}
+    drawing = {block for block in blocks if draws(block)}
 
     def run(block: nn.Module, *args: Any) -> Any:
         def compute(*args: Any) -> Any:
             if every is not None and indices[block] % every == 0:
                 # Through the block's own call, so that whatever hangs on it happens again as well.
-                return checkpoint(block, *args, use_reentrant=False)
+                return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=block in drawing)
             return block(*args)
 
         return compute(*args) if offloader is None else offloader.run(indices[block], compute, *args)
 
     model.enable_gradient_checkpointing(run)
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether a module's pass is random: it has dropout, by torch's own modules. Of others the state of the generators
+    need not be kept for when they are computed again, which takes the host longer than a small kernel."""
+    return any(isinstance(part, _DropoutNd) and part.p > 0 for part in module.modules())
 
 
 def _step(checkpointing: str) -> int | None:
@@ -60,6 +68,7 @@ def _step(checkpointing: str) -> int | None:
 
 def _compute_layer_again(layer: nn.Module) -> None:
     plain: Callable[..., Any] = layer.forward
+    is_random = draws(layer)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         names = tuple(kwargs)
@@ -69,7 +78,7 @@ def _compute_layer_again(layer: nn.Module) -> None:
             return plain(*given[:num_args], **dict(zip(names, given[num_args:], strict=True)))
 
         # One by one: of what is given by name, torch would keep tensors where no hook sees them.
-        return checkpoint(compute, *args, *kwargs.values(), use_reentrant=False)
+        return checkpoint(compute, *args, *kwargs.values(), use_reentrant=False, preserve_rng_state=is_random)
 
     forward.plain = plain  # type: ignore[attr-defined]
     layer.forward = forward

@@ -129,7 +129,7 @@ class Method(ABC):
                 noised.timestep_B,
                 text=self.embed(models, batch.text),
                 given=batch.given,
-                fps=batch.fps,
+                fps_B=batch.fps_B,
             )
         error_BCFHW = (prediction_BCFHW - noised.target_BCFHW).square()
         if "frames" in batch.given:

@@ -136,11 +136,19 @@ def _watched(method: Method, models: Mapping[str, nn.Module], batch: Batch) -> l
 
 
 def training_phases(
-    step: Step, validation: int | None, *, memory: Any, optimizer: Any, shards: int = 1, accumulates: bool = False
+    step: Step,
+    validation: int | None,
+    *,
+    memory: Any,
+    optimizer: Any,
+    shards: int = 1,
+    keeps: bool = False,
+    records: bool = False,
 ) -> list[Phase]:
     """A step, a validation where there is one, and a checkpoint; `memory` and `optimizer` are those sections of the
-    config. Each of `shards` processes holds its part of weights, gradients and optimizer state. Where a step
-    `accumulates`, gradients are there from its first pass on, and it was simulated with those of a pass let go."""
+    config. Each of `shards` processes holds its part of weights, gradients and optimizer state. Where a step `keeps`
+    gradients, they are there when a pass begins, and it was simulated with those of a pass let go. Where it `records`
+    passes, their memory stays theirs between steps."""
     weights = _weights(step, memory)
     trained = step.method.trained(step.models).values()
     here = [parameter for parameter in trained if id(parameter) not in weights.streamed]
@@ -150,16 +158,17 @@ def training_phases(
     state, away = (_state(parameters, optimizer) for parameters in (here, there))
     kept = state.device // shards
     # Gradients of streamed blocks leave as they come, and those that stay are added to what is then there.
-    height = max(step.height.peak + (gradients if there or accumulates else 0), gradients) + state.update
+    height = max(step.height.peak + (gradients if there or keeps else 0), gradients) + state.update
     # Before the backward pass has made gradients, or after: whichever is more.
     activations = max(height - gradients, step.height.after_forward)
     host = weights.host + state.host + away.device + away.host
     # Copies of weights are whole on each; where those are shared out they are made, and let go, as a layer runs.
     device = weights.device // shards + step.method.copied_bytes(step.models)
     phases = [Phase("train", device, gradients, kept, activations, device + kept + height, host)]
+    stays = height if records else 0
     if validation is not None:
-        phases.append(_phase("validate", device, validation, optimizer=kept, host=host))
-    return [*phases, _phase("save", device, 0, optimizer=kept, host=host)]
+        phases.append(_phase("validate", device, stays + validation, optimizer=kept, host=host))
+    return [*phases, _phase("save", device, stays, optimizer=kept, host=host)]
 
 
 def _state(parameters: Sequence[nn.Parameter], optimizer: Any) -> StateBytes:

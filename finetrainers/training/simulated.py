@@ -72,7 +72,7 @@ def blank_batch(method: Method, bucket: Bucket, condition: Condition, *, batch_s
         level_B=torch.full((batch_size,), 0.5),
         text=_repeated(text, batch_size),
         given=_repeated(given, batch_size),
-        fps=(family.default_fps,) * batch_size,
+        fps_B=torch.full((batch_size,), family.default_fps, dtype=torch.float64),
         names=("",) * batch_size,
         num_tokens=batch_size * family.num_tokens(bucket),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -65,16 +66,17 @@ def position_of(step: int, trainer: Trainer) -> int:
     return step * trainer.gradient_accumulation_steps * trainer.batches.world_size
 
 
-def choose_steps(steps: Iterator[Rounds], *, count: int) -> dict[int, Rounds]:
+def choose_steps(steps: Iterator[Rounds], *, count: int, meetings: int = 1) -> dict[int, Rounds]:
     """The first `count` steps, by their numbers from 0, that are worth timing: none of the first few, and none in which
-    a process meets a size for the first time, because it compiles and tunes for it."""
-    seen: set[tuple[int, Size]] = set()
+    a process meets a size for one of its first `meetings` times. At the first it is compiled and tuned for, and where
+    passes are recorded, at the second it is recorded."""
+    seen: Counter[tuple[int, Size]] = Counter()
     chosen: dict[int, Rounds] = {}
     for number, rounds in enumerate(steps):
-        met = {(rank, size) for sizes in rounds for rank, size in enumerate(sizes)}
-        if number >= WARM_UP and met <= seen:
+        met = [(rank, size) for sizes in rounds for rank, size in enumerate(sizes)]
+        if number >= WARM_UP and all(seen[each] >= meetings for each in met):
             chosen[number] = rounds
         if len(chosen) == count:
             break
-        seen |= met
+        seen.update(met)
     return chosen

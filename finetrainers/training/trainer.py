@@ -17,6 +17,7 @@ from finetrainers.memory.exhausted import free, is_exhausted, told
 from finetrainers.memory.report import Held, held
 from finetrainers.methods.base import Method
 from finetrainers.training.callback import Callback
+from finetrainers.training.recorded import Pass, RecordedPasses, Recorder
 from finetrainers.training.rescue import Rescue
 from finetrainers.training.state import StepOutcome, TrainState
 from finetrainers.types import Batch
@@ -41,10 +42,13 @@ class Trainer:
     seed: int
     rescue: Rescue = field(default_factory=Rescue)
     """What is done when a step exhausts the memory."""
+    recorder: Recorder | None = None
+    """Records passes, to launch them at once when their size comes back; None runs each."""
     stop_requested: Callable[[], bool] = lambda: False
     state: TrainState = field(default_factory=TrainState)
     _asked: bool = field(default=False, init=False)
     _spread: Loss = field(init=False)
+    _run: Pass = field(init=False)
     _refresh: Callable[[], None] = field(init=False)
     """Brings copies of the weights up to date."""
 
@@ -54,6 +58,9 @@ class Trainer:
         self._spread = self.engine.spread(
             functools.partial(self.method.loss, self.models), self.models, self.optimizer, self.max_grad_norm
         )
+        self._run = self._run_here
+        if self.recorder is not None:
+            self._run = RecordedPasses(self._run_here, self.recorder, list(self.trained.values()))
 
     @property
     def device(self) -> torch.device:
@@ -131,8 +138,11 @@ class Trainer:
         seed = seed_for(self.seed, "pass", drawn.position) + self.engine.context_rank
         self.engine.generator.manual_seed(seed)
         with self.engine.accumulate(is_last=is_last):
-            share = self._spread(self._to_device(drawn.batch)).sum() / num_samples
-            self.engine.backward(share)
+            return self._run(self._to_device(drawn.batch), num_samples)
+
+    def _run_here(self, batch: Batch, num_samples: int) -> Tensor:
+        share = self._spread(batch).sum() / num_samples
+        self.engine.backward(share)
         return share.detach()
 
     def held(self) -> Held:

@@ -31,6 +31,8 @@ class Setting:
     """The options of the run that could be changed."""
 
     is_compiled: bool
+    is_recorded: bool
+    """Whether passes are launched at once, as CUDA graphs."""
     num_workers: int
     num_processes: int
 
@@ -58,7 +60,10 @@ def _binding(shares: Shares, setting: Setting, *, waiting: float) -> str:
     working = 1 - waiting
     if shares.busy is not None and shares.busy < BUSY * working:
         idle = _percent(working - shares.busy)
-        return f"bound by launching kernels: the GPU is idle {idle} of a step; {_fewer_kernels(setting)}"
+        mend = _fewer_kernels(setting)
+        if not setting.is_recorded and setting.num_processes == 1:
+            mend = f"set training.cuda_graphs=true, which launches them at once, or {mend}"
+        return f"bound by launching kernels: the GPU is idle {idle} of a step; {mend}"
     if shares.mfu is None or shares.hfu is None:
         return "not told further, because this family's operations cannot be counted without its weights"
     reached = f"{_percent(shares.hfu / working)} of the measured matmul rate"

@@ -19,7 +19,8 @@ from tests.end_to_end.runs import write_config
 TOKENS = 2 * 2 * 3
 """Of 9 frames of 64x96: a token is 8 frames of 32x32 pixels, and the first frame makes one of its own."""
 KEYS = {
-    "device", "processes", "family", "method", "precision", "compiled", "gradient_checkpointing", "sizes", "steps",
+    "device", "processes", "family", "method", "precision", "compiled", "cuda_graphs", "gradient_checkpointing",
+    "sizes", "steps",
     "first_step_seconds", "warm_up_steps", "warm_up_seconds", "seconds", "step_seconds_median", "step_seconds_p95",
     "data_seconds_median", "data_seconds_p95", "data_share", "samples", "tokens", "samples_per_second",
     "tokens_per_second", "peak_allocated_gib", "peak_reserved_gib", "predicted_gib", "flop", "executed_flop",

@@ -319,7 +319,7 @@ CHANGES_NONE = {
     "output": "runs/y", "data.num_workers": 0, "data.strict": True, "data.cache": "cache", "training.steps": 5,
     "optimizer.offload": True, "optimizer.in_backward": True,
     "training.gradient_checkpointing": False, "memory.offload_activations": True, "memory.keep_quantized": True,
-    "training.compile": "off", "parallel.strategy": "ddp",
+    "training.compile": "off", "training.cuda_graphs": True, "parallel.strategy": "ddp",
     "memory.stream_blocks": "all", "memory.stream_text_encoder": True, "memory.budget": "24GB",
     "memory.on_oom": "adapt",
     "parallel.context_parallel_size": 2, "parallel.shard_size": 2, "parallel.zero_stage": 3,

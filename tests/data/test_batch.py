@@ -4,7 +4,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -88,11 +88,12 @@ def telling_given(
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
     given = {f"given {name}": tensor for name, tensor in batch.given.items()}
-    return {"latents": batch.latents_BCFHW, "noise": batch.noise_BCFHW, "level": batch.level_B, **batch.text, **given}
+    drawn = {"latents": batch.latents_BCFHW, "noise": batch.noise_BCFHW, "level": batch.level_B, "fps": batch.fps_B}
+    return {**drawn, **batch.text, **given}
 
 
 def assert_equal(one: Batch, other: Batch) -> None:
-    assert (one.names, one.fps, one.num_tokens) == (other.names, other.fps, other.num_tokens)
+    assert (one.names, one.num_tokens) == (other.names, other.num_tokens)
     assert tensors(one).keys() == tensors(other).keys()
     for name, tensor in tensors(one).items():
         assert torch.equal(tensor, tensors(other)[name]), name
@@ -181,7 +182,7 @@ def test_a_draw_does_not_depend_on_the_batch(drawer):
     together = drawer.draw(7, 2, [3, 0, 5, 6])
     assert together.size == 4
     assert together.names == ("3.mp4", "0.mp4", "5.mp4", "6.mp4")
-    assert together.fps == (19.0, 16.0, 21.0, 22.0)
+    assert together.fps_B.tolist() == [19.0, 16.0, 21.0, 22.0]
     assert together.num_tokens == 13 + 10 + 15 + 16
     draws = drawer.strata.draw(7, 4)
     for row, index in enumerate([3, 0, 5, 6]):
@@ -348,7 +349,7 @@ def test_a_fixed_batch_is_the_same_at_every_call_and_another_at_every_level(draw
         assert batch.level_B.tolist() == pytest.approx([level])
         assert (batch.given["last"].tolist(), batch.given["drawn"].tolist()) == ([[102.0] * 2], [[0.0] * 3])
         assert torch.equal(batch.given["latents"], batch.latents_BCFHW)
-        assert (batch.names, batch.fps, batch.num_tokens, batch.size) == (("2.mp4",), (18.0,), 12, 1)
+        assert (batch.names, batch.fps_B.tolist(), batch.num_tokens, batch.size) == (("2.mp4",), [18.0], 12, 1)
         expected = torch.tensor([(2 - 1.0) * 2.0, (2 + 1.0) * 0.5]).view(1, 2, 1, 1, 1).expand(1, 2, 2, 2, 3)
         assert torch.equal(batch.latents_BCFHW, expected), "the mean of the posterior, normalised"
         assert batch.text["embeds"].unique().tolist() == [2.0], "a caption is never dropped"
@@ -464,40 +465,12 @@ def test_reading_ahead_is_bounded(drawer, monkeypatch):
     batches.close()
 
 
-class Diary(Transfer):
-    """Writes down what is sent and received."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"))
-        self.events: list[tuple[str, tuple[str, ...]]] = []
-
-    def send(self, batch: Batch) -> Callable[[], Batch]:
-        self.events.append(("sent", batch.names))
-        return lambda: (self.events.append(("received", batch.names)), batch)[1]
-
-
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_the_next_batch_is_on_its_way_when_one_is_handed_out(drawer, num_workers):
-    diary = Diary()
-    batches = replace(stream(drawer, num_workers), transfer=diary).start(0)
-    for _ in range(5):
-        names = next(batches).batch.names
-        # The step's passes would be launched here, and threads read.
-        time.sleep(0.1)
-    batches.close()
-    sent = [names for event, names in diary.events if event == "sent"]
-    received = [names for event, names in diary.events if event == "received"]
-    assert received == sent[: len(received)] and received[-1] == names
-    # Not from the first on, before anything was read.
-    assert diary.events[-2:] == [("sent", sent[5]), ("received", names)]
-
-
 def test_map_changes_every_tensor_and_nothing_else(drawer):
     batch = replace(drawer, conditions=[(BOTH, 1.0)]).draw(0, 0, [0, 1])
     doubled = batch.map(lambda tensor: tensor * 2)
-    assert len(tensors(batch)) == 8
+    assert len(tensors(batch)) == 9
     assert all(torch.equal(tensors(doubled)[name], 2 * tensor) for name, tensor in tensors(batch).items())
-    assert (doubled.names, doubled.fps, doubled.num_tokens) == (batch.names, batch.fps, batch.num_tokens)
+    assert (doubled.names, doubled.num_tokens) == (batch.names, batch.num_tokens)
 
 
 def test_what_a_cache_holds_is_not_touched(drawer):

@@ -20,7 +20,7 @@ from finetrainers.types import Bucket, Condition, Window
 from tests.end_to_end.runs import SERVER, run, write_config, written_to
 from tests.engines.tiny_runs import assert_close, settings
 from tests.engines.together import run_together
-from tests.families.parity import inputs_of, random_clip
+from tests.families.parity import inputs_of, random_clip, rates
 from tests.families.tiny import TINY
 from tests.training.tiny_run import lora, make_batch, make_trainer
 
@@ -242,7 +242,7 @@ def _half(rank: int, port: int, name: str, folder: str, condition: str, log: str
             transformer.zero_grad(set_to_none=True)
             models = {"transformer": transformer}
             with torch.autocast("cpu", dtype, enabled=dtype is not None):
-                answer = family.predict(models, latents, torch.tensor([400.0]), fps=[16.0], **inputs)
+                answer = family.predict(models, latents, torch.tensor([400.0]), fps_B=rates(16.0), **inputs)
             answer.square().mean().backward()
             return answer.detach(), {key: value.grad for key, value in transformer.named_parameters()}
 

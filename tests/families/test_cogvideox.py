@@ -20,7 +20,7 @@ from finetrainers.families.cogvideox_positions import resize_table, rotary_posit
 from finetrainers.families.find import find_family
 from finetrainers.types import Bucket, Condition
 from tests.families.cogvideox_models import CHANNELS, ROWS, TEXT_TOKENS
-from tests.families.parity import CPU, compare_calls, random_clip
+from tests.families.parity import CPU, compare_calls, random_clip, rates
 
 FIRST, NONE = Condition(1), Condition()
 I2V = [name for name in ROWS if name.endswith("i2v")]
@@ -49,7 +49,7 @@ def inputs(family: Family, size: str, *, seed: int = 0, batch: int = 1) -> dict[
         "timestep_B": torch.tensor([321.0, 999.0][:batch]),
         "text": {"prompt_embeds": torch.randn(batch, TEXT_TOKENS, 32, generator=generator)},
         "given": given,
-        "fps": [8.0] * batch,
+        "fps_B": rates(*[8.0] * batch),
     }
 
 

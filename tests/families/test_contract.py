@@ -25,6 +25,7 @@ from tests.families.parity import (
     inputs_of,
     means_for_draws,
     random_clip,
+    rates,
     transformers_of,
 )
 from tests.families.rows import Row
@@ -93,7 +94,7 @@ def test_the_ideal_prediction_has_no_loss(folders, name, condition):
             latents_BCFHW=latents,
             noise_BCFHW=torch.randn(latents.shape, generator=generator_for(0, "noise", name, str(level))),
             level_B=torch.tensor([level, high - (high - low) * 0.2]),
-            fps=(25.0, 8.0),
+            fps_B=rates(25.0, 8.0),
             names=("one", "two"),
             num_tokens=0,
             **stacked,
@@ -161,10 +162,10 @@ def test_a_batch_gives_each_clip_its_own_answer(folders, name, condition):
         for kind in ("text", "given")
     }
     with torch.no_grad():
-        together = family.predict(transformers, latents, timestep, fps=(8.0, 24.0), **together_inputs)
+        together = family.predict(transformers, latents, timestep, fps_B=rates(8.0, 24.0), **together_inputs)
         for index, (_, inputs) in enumerate(clips):
             one = slice(index, index + 1)
-            alone = family.predict(transformers, latents[one], timestep[one], fps=((8.0, 24.0)[index],), **inputs)
+            alone = family.predict(transformers, latents[one], timestep[one], fps_B=rates((8.0, 24.0)[index]), **inputs)
             torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-4)
     assert together.shape == latents.shape and together.dtype == torch.float32
 

@@ -16,6 +16,7 @@ from finetrainers.errors import UserError
 from finetrainers.families.base import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Family, SamplingOptions
 from finetrainers.types import Bucket, Condition
 from tests.families.hunyuan_models import LATENT_CHANNELS, ROWS, write_tiny_hunyuan
+from tests.families.parity import rates
 
 CPU = torch.device("cpu")
 FIRST = Condition(1)
@@ -162,7 +163,12 @@ def test_training_tells_the_model_a_thousand_times_the_scale(folders, row, scale
     family, recorder = ROWS[row].open(folders[row], embedded_guidance=scale), Recorder()
     text = {name: tensor.expand(2, *tensor.shape) for name, tensor in family.blank_text().items()}
     family.predict(
-        {"transformer": recorder}, noise(2, 4, 3, 4, 6), torch.tensor([1.0, 2.0]), text=text, given={}, fps=[8.0, 24.0]
+        {"transformer": recorder},
+        noise(2, 4, 3, 4, 6),
+        torch.tensor([1.0, 2.0]),
+        text=text,
+        given={},
+        fps_B=rates(8.0, 24.0),
     )
     assert recorder.call["guidance"].tolist() == [told, told]
 
@@ -173,7 +179,9 @@ def test_a_model_without_guidance_is_told_none_and_refuses_the_option(folders):
         row.open(folder, embedded_guidance=1.0)
     family, recorder = row.open(folder), Recorder()
     text = {name: tensor[None] for name, tensor in family.blank_text().items()}
-    family.predict({"transformer": recorder}, noise(1, 4, 3, 4, 6), torch.ones(1), text=text, given={}, fps=[24.0])
+    family.predict(
+        {"transformer": recorder}, noise(1, 4, 3, 4, 6), torch.ones(1), text=text, given={}, fps_B=rates(24.0)
+    )
     assert recorder.call["guidance"] is None
 
 
@@ -239,7 +247,7 @@ def test_the_given_image_is_encoded_by_itself(folders, row):
 def predicted_from(family: Family, latents_BCFHW: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
     recorder = Recorder()
     text = {name: tensor[None] for name, tensor in family.blank_text().items()}
-    family.predict({"transformer": recorder}, latents_BCFHW, torch.ones(1), text=text, given=given, fps=[24.0])
+    family.predict({"transformer": recorder}, latents_BCFHW, torch.ones(1), text=text, given=given, fps_B=rates(24.0))
     states: torch.Tensor = recorder.call["hidden_states"]
     return states
 
@@ -427,7 +435,7 @@ def test_stretched_positions_reach_the_prediction(folders):
             answers.append(
                 family.predict(
                     family.load_transformers(torch.float32), noise(1, 4, 5, 4, 6), torch.tensor([500.0]),
-                    text=text, given={}, fps=[24.0],
+                    text=text, given={}, fps_B=rates(24.0),
                 )
             )  # fmt: skip
     assert not torch.allclose(answers[1], answers[0], atol=1e-4)
@@ -444,7 +452,7 @@ def test_a_prediction_reads_nothing_back_from_its_device(folders, row):
         sample = family.given(FIRST if encoded else Condition(), latents[0], encoded, None)
         given = {name: torch.stack([tensor, tensor]) for name, tensor in sample.items()}
         text = {name: torch.stack([tensor, tensor]) for name, tensor in family.blank_text().items()}
-        answer = family.predict(transformers, latents, torch.zeros(2), text=text, given=given, fps=[8.0, 24.0])
+        answer = family.predict(transformers, latents, torch.zeros(2), text=text, given=given, fps_B=rates(8.0, 24.0))
     assert answer.shape == latents.shape and answer.is_meta
 
 

@@ -16,7 +16,7 @@ from finetrainers.families.find import find_family
 from finetrainers.families.ltx import LTXVideo
 from finetrainers.types import Bucket, Condition
 from tests.families.ltx_models import ROWS
-from tests.families.parity import CPU, random_clip
+from tests.families.parity import CPU, random_clip, rates
 
 # As published: transformer/config.json of LTX-Video (0.9.0) and of LTX-Video-0.9.7-dev.
 FULL_2B = {"num_attention_heads": 32, "attention_head_dim": 64, "cross_attention_dim": 2048, "num_layers": 28}
@@ -126,7 +126,9 @@ def test_tokens_lie_at_the_start_of_their_frames(folders, text):
         "last": torch.randn(2, 8, 1, 2, 5),
     }
     timestep = torch.tensor([300.0, 700.0])
-    answer = family.predict({"transformer": recorder}, latents, timestep, text=text, given=given, fps=(10.0, 20.0))
+    answer = family.predict(
+        {"transformer": recorder}, latents, timestep, text=text, given=given, fps_B=rates(10.0, 20.0)
+    )
     call = recorder.call
     seconds = call["video_coords"][:, 0].reshape(2, 4, 10)[:, :, 0]
     torch.testing.assert_close(seconds, torch.tensor([[1.6, 0, 0.1, 0.9], [0.8, 0, 0.05, 0.45]]))
@@ -145,8 +147,8 @@ def test_the_frame_rate_reaches_the_model(folders, text, name):
     latents, timestep = torch.randn(2, 8, 3, 2, 3), torch.tensor([300.0, 700.0])
     with torch.no_grad():
         slow, fast = (
-            family.predict(transformers, latents, timestep, text=text, given={}, fps=fps)
-            for fps in ((8.0, 8.0), (60.0, 60.0))
+            family.predict(transformers, latents, timestep, text=text, given={}, fps_B=rates(fps, fps))
+            for fps in (8.0, 60.0)
         )
     assert not torch.allclose(slow, fast, atol=1e-4)
 
@@ -159,7 +161,7 @@ def test_longer_clips_are_squeezed_into_the_trained_seconds(folders, text, name)
     latents, timestep, calls = torch.randn(2, 8, 3, 2, 3), torch.tensor([300.0, 700.0]), []
     for family, fps in ((longer, 24.0), (plain, 48.0)):
         recorder = Recorder()
-        family.predict({"transformer": recorder}, latents, timestep, text=text, given={}, fps=(fps, fps))
+        family.predict({"transformer": recorder}, latents, timestep, text=text, given={}, fps_B=rates(fps, fps))
         calls.append(recorder.call)
     key = "video_coords" if name == "ltx-0.9.5" else "rope_interpolation_scale"
     torch.testing.assert_close(calls[0][key], calls[1][key])

@@ -23,7 +23,7 @@ from finetrainers.families.find import find_family
 from finetrainers.families.wan import Wan
 from finetrainers.families.wan_conditions import given_mask
 from finetrainers.types import Bucket, Condition
-from tests.families.parity import CPU, inputs_of, random_clip, recorded
+from tests.families.parity import CPU, inputs_of, random_clip, rates, recorded
 from tests.families.wan_models import IMAGE_TOKENS, write_tiny_wan
 
 FIRST, FIRST_LAST, NONE = Condition(1), Condition(1, 1), Condition()
@@ -295,7 +295,7 @@ def test_tokens_of_a_given_frame_have_timestep_0_and_all_others_the_samples_own(
     given = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     for known in (given, {}):
         timestep = torch.tensor([300.0, 700.5])
-        family.predict({"transformer": recorder}, noisy, timestep, text=text, given=known, fps=[24.0] * 2)
+        family.predict({"transformer": recorder}, noisy, timestep, text=text, given=known, fps_B=rates(24.0, 24.0))
     first, none = calls
     assert first["timestep"].tolist() == [[0.0] * 6 + [300.0] * 12, [0.0] * 6 + [700.5] * 12]
     assert none["timestep"].tolist() == [[300.0] * 18, [700.5] * 18]
@@ -333,11 +333,11 @@ def test_each_sample_is_answered_by_the_expert_of_its_noise(folders):
     timestep = torch.tensor([899.9, 900.0, 950.0])
     asked = ("transformer_2", "transformer", "transformer")
     with torch.no_grad():
-        together = family.predict(models, latents, timestep, fps=[16.0] * 3, **both)
+        together = family.predict(models, latents, timestep, fps_B=rates(16.0, 16.0, 16.0), **both)
         for row, name in enumerate(asked):
             own = {kind: {key: tensor[row : row + 1] for key, tensor in both[kind].items()} for kind in both}
             part = slice(row, row + 1)
-            alone = family.predict({name: models[name]}, latents[part], timestep[part], fps=[16.0], **own)
+            alone = family.predict({name: models[name]}, latents[part], timestep[part], fps_B=rates(16.0), **own)
             torch.testing.assert_close(together[part], alone)
 
 
@@ -432,12 +432,12 @@ def test_bf16_arithmetic_answers_in_fp32_and_trains(folders, weights):
     exact = family.load_transformers(torch.float32)
     noisy, timestep = torch.randn_like(latents), torch.tensor([512.3])
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=weights == torch.float32):
-        answer = family.predict({"transformer": transformer}, noisy, timestep, fps=[16.0], **inputs)
+        answer = family.predict({"transformer": transformer}, noisy, timestep, fps_B=rates(16.0), **inputs)
     answer.square().mean().backward()
     assert answer.dtype == torch.float32
     assert all(parameter.grad is not None for parameter in transformer.parameters())
     with torch.no_grad():
-        expected = family.predict(exact, noisy, timestep, fps=[16.0], **inputs)
+        expected = family.predict(exact, noisy, timestep, fps_B=rates(16.0), **inputs)
     assert (answer - expected).norm() < 0.03 * expected.norm()
 
 
@@ -455,7 +455,7 @@ def test_whole_timesteps_are_answered_as_the_published_schedule_has_them(folders
         text = {"prompt_embeds": call["encoder_hidden_states"]}
         models, timestep = {"transformer": pipeline.transformer}, call["timestep"].float()
         with torch.no_grad():
-            ours = family.predict(models, call["hidden_states"], timestep, text=text, given={}, fps=[16.0])
+            ours = family.predict(models, call["hidden_states"], timestep, text=text, given={}, fps_B=rates(16.0))
         torch.testing.assert_close(ours, answer)
 
 

@@ -65,7 +65,7 @@ def batch_of(name: str, folder: Path, seed: int = 0) -> Batch:
         latents_BCFHW=latents,
         noise_BCFHW=torch.randn(latents.shape, generator=generator_for(seed, "noise")),
         level_B=(low + (high - low) * share)[None],
-        fps=(16.0,),
+        fps_B=torch.tensor([16.0], dtype=torch.float64),
         names=(str(seed),),
         num_tokens=family.num_tokens(bucket),
         **rest,
@@ -109,6 +109,6 @@ def answer_share(method: Method, models: dict[str, torch.nn.Module], batch: Batc
     noised = method.objective.noise(batch.latents_BCFHW, batch.noise_BCFHW, batch.level_B)
     with torch.no_grad():
         answer = method.family.predict(
-            models, noised.input_BCFHW, noised.timestep_B, text=batch.text, given=batch.given, fps=batch.fps
+            models, noised.input_BCFHW, noised.timestep_B, text=batch.text, given=batch.given, fps_B=batch.fps_B
         )
     return (answer.norm() / (answer - noised.target_BCFHW).norm()).item()

@@ -19,6 +19,7 @@ from finetrainers.methods.find import find_method
 from finetrainers.objectives import Noised
 from finetrainers.training.saving import gather_weights
 from finetrainers.weights import load_text_encoder_lora, read_notes, write_card
+from tests.families.parity import rates
 from tests.families.tiny import TINY
 from tests.training.tiny_run import OBJECTIVE, full, lora, make_batch
 
@@ -85,7 +86,7 @@ def test_adapters_compute_in_the_type_of_the_activations(family):
             module.register_forward_hook(lambda _, given, answer: seen.add((given[0].dtype, answer.dtype)))
     text = make_batch([0]).text
     noisy, timestep = torch.randn(1, 8, 2, 2, 3), torch.tensor([500.0])
-    family.predict(models, noisy, timestep, text=text, given={}, fps=[25.0])
+    family.predict(models, noisy, timestep, text=text, given={}, fps_B=rates(25.0))
     assert seen == {(torch.bfloat16, torch.bfloat16)}
 
 

@@ -57,7 +57,7 @@ def forecast(
     work: Work, memory: MemoryConfig, optimizer: OptimizerConfig, *, word: str = "full", accumulates: bool = False
 ) -> list[Phase]:
     step = simulate_step(work, checkpointing=word, memory=memory, release=accumulates)
-    return training_phases(step, None, memory=memory, optimizer=optimizer, accumulates=accumulates)
+    return training_phases(step, None, memory=memory, optimizer=optimizer, keeps=accumulates)
 
 
 class Real:

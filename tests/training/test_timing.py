@@ -38,6 +38,13 @@ def test_steps_with_a_new_size_are_not_timed(of_steps: Any, count: int, expected
     assert min(expected) >= WARM_UP
 
 
+def test_where_passes_are_recorded_a_size_is_new_twice() -> None:
+    of_steps = itertools.cycle([[[size(2)]]] * 4 + [[[size(1)]]])
+    assert list(choose_steps(of_steps, count=8, meetings=2)) == [3, 5, 6, 7, 8, 10, 11, 12]
+    # Twice within one step.
+    assert list(choose_steps(itertools.repeat([[size(2)], [size(2)]]), count=2, meetings=2)) == [3, 4]
+
+
 def test_each_batch_of_a_step_is_asked_for() -> None:
     batches = SimpleNamespace(world_size=2, sizes=lambda position: [position, position + 1])
     trainer: Any = SimpleNamespace(batches=batches, gradient_accumulation_steps=3)

@@ -15,13 +15,19 @@ CASES = {
     "an H200, eager": (
         GPU | {"busy": 0.0975 / 0.2283, "mfu": 0.132, "hfu": 0.132},
         {},
-        ["bound by launching kernels: the GPU is idle 57 % of a step; set training.compile=blocks, or raise "
-         "training.batch_size"],
+        ["bound by launching kernels: the GPU is idle 57 % of a step; set training.cuda_graphs=true, which launches "
+         "them at once, or set training.compile=blocks, or raise training.batch_size"],
     ),
     "an H200, compiled": (
         GPU | {"busy": 0.0687 / 0.1742, "mfu": 0.173, "hfu": 0.173},
         {"is_compiled": True},
-        ["bound by launching kernels: the GPU is idle 61 % of a step; raise training.batch_size"],
+        ["bound by launching kernels: the GPU is idle 61 % of a step; set training.cuda_graphs=true, which launches "
+         "them at once, or raise training.batch_size"],
+    ),
+    "launched at once, and still idle": (
+        GPU | {"busy": 0.6},
+        {"is_compiled": True, "is_recorded": True},
+        ["bound by launching kernels: the GPU is idle 40 % of a step; raise training.batch_size"],
     ),
     "arithmetic": (
         GPU | {"mfu": 0.62, "hfu": 0.62},
@@ -59,8 +65,8 @@ CASES = {
         GPU | {"data": 0.31, "busy": 0.2},
         {"num_workers": 8},
         ["waits for data: 31 % of a step; put data.cache on a faster disk",
-         "the rest is bound by launching kernels: the GPU is idle 49 % of a step; set training.compile=blocks, or "
-         "raise training.batch_size"],
+         "the rest is bound by launching kernels: the GPU is idle 49 % of a step; set training.cuda_graphs=true, "
+         "which launches them at once, or set training.compile=blocks, or raise training.batch_size"],
     ),
     # The host reads the next batch while the GPU works on.
     "data that the GPU does not wait for": (
@@ -98,7 +104,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_what_binds(name: str) -> None:
     shares, setting, expected = CASES[name]
-    options: dict[str, Any] = {"is_compiled": False, "num_workers": 2, "num_processes": 1}
+    options: dict[str, Any] = {"is_compiled": False, "is_recorded": False, "num_workers": 2, "num_processes": 1}
     assert verdict(Shares(**shares), Setting(**(options | setting))) == expected
 
 
@@ -111,5 +117,5 @@ def test_what_binds(name: str) -> None:
     ],
 )
 def test_each_word_has_a_limit(below: dict[str, Any], above: dict[str, Any]) -> None:
-    one, other = (verdict(Shares(**shares), Setting(False, 2, 1))[0] for shares in (below, above))
+    one, other = (verdict(Shares(**shares), Setting(False, False, 2, 1))[0] for shares in (below, above))
     assert one.split(":")[0] != other.split(":")[0]

@@ -59,7 +59,7 @@ def make_batch(indices: Sequence[int], *, seed: int = 0, epoch: int = 0) -> Batc
         level_B=torch.tensor([OBJECTIVE.law(12, u) for u in uniform]),
         text={"prompt_embeds": drawn("text", 6, 32), "prompt_attention_mask": mask},
         given={},
-        fps=(25.0,) * len(indices),
+        fps_B=torch.full((len(indices),), 25.0, dtype=torch.float64),
         names=tuple(str(index) for index in indices),
         num_tokens=12 * len(indices),
     )
@@ -87,6 +87,7 @@ def make_trainer(
     callbacks: Sequence[Callback] = (),
     optimizer: str | OptimizerConfig = "adamw",
     lr: float = 1e-3,
+    recorder: Any = None,
     **settings: Any,
 ) -> Trainer:
     """A whole trainer; `settings` are its numbers. An optimizer by name alone takes `lr`."""
@@ -110,5 +111,6 @@ def make_trainer(
         schedule=build_schedule("constant", built, warmup_steps=0, steps=numbers["steps"]),
         engine=engine,
         callbacks=callbacks,
+        recorder=recorder,
         **numbers,
     )
