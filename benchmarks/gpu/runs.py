@@ -169,8 +169,19 @@ def _eager(run: Run) -> Run:
     return replace(run, name=f"{run.name}-eager", setting=f"{run.setting}, eager", options=options)
 
 
-_ALSO_EAGER = ("R1", "R2", "R6", "R9", "R11")
-_RUNS = [each for run in _RUNS for each in ((run, _eager(run)) if run.name in _ALSO_EAGER else (run,))]
+def _recorded(run: Run) -> Run:
+    """A run whose passes are launched at once."""
+    options = {**run.options, "training.cuda_graphs": True}
+    return replace(run, name=f"{run.name}-graphs", setting=f"{run.setting}, CUDA graphs", options=options)
+
+
+def _variants(run: Run) -> list[Run]:
+    eager = [_eager(run)] if run.name in ("R1", "R2", "R6", "R9", "R11") else []
+    recorded = [_recorded(run)] if run.name in ("R1", "R2", "R2-r16", "R11") else []
+    return [run, *eager, *recorded]
+
+
+_RUNS = [each for run in _RUNS for each in _variants(run)]
 RUNS = {run.name: run for run in _RUNS}
 
 
@@ -198,8 +209,8 @@ def parts(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def tiny(run: Run) -> Run:
-    """The same for a tiny model of the same family: with little to adapt."""
-    options = dict(run.options)
+    """The same for a tiny model of the same family, on any machine: with little to adapt, and nothing recorded."""
+    options = {key: value for key, value in run.options.items() if key != "training.cuda_graphs"}
     if "method.rank" in options:
         options["method.rank"] = 4
     return replace(run, options=options)

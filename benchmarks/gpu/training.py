@@ -24,6 +24,7 @@ from finetrainers.optimizers.build import build_optimizer
 from finetrainers.training.compiling import is_compiled
 from finetrainers.training.instruments import Clock, profiled, spread
 from finetrainers.training.models import load_models
+from finetrainers.training.recorded import CudaGraphs
 from finetrainers.training.schedule import build_schedule
 from finetrainers.training.trainer import Trainer
 from finetrainers.types import Bucket
@@ -143,6 +144,7 @@ def prepare(run: Run, bench: Bench) -> tuple[Trainer, DeviceMemory]:
         gradient_accumulation_steps=1,
         max_grad_norm=config.training.max_grad_norm,
         seed=SEED,
+        recorder=CudaGraphs(engine.device) if config.training.cuda_graphs else None,
     )
     trainer.set_training(True)
     bench.record.put(load=memory.read())

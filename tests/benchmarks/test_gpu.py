@@ -214,7 +214,7 @@ def test_the_runs_are_those_that_are_asked_for():
     assert {run.name.partition("-")[0] for run in RUNS.values()} == ASKED
     assert all(run.against in RUNS for run in RUNS.values() if run.against)
     assert [run.name for run in choose(["R6"])] == ["R6", "R6-eager", "R6-fp8"]
-    assert [run.name for run in choose(["R1"])] == ["R1-peft", "R1", "R1-eager"], "not R10"
+    assert [run.name for run in choose(["R1"])] == ["R1-peft", "R1", "R1-eager", "R1-graphs"], "not R10"
     grouped = parts(choose([]))
     assert [run for part in grouped for run in part] == list(RUNS.values())
     assert all(60 * sum(run.minutes for run in part) <= PART_SECONDS for part in grouped)

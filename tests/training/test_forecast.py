@@ -319,3 +319,19 @@ def test_gradients_that_are_applied_in_the_backward_pass_are_never_there_togethe
     assert (ours.weights, ours.optimizer) == (plain.weights, plain.optimizer)
     assert ours.gradients == 0 < plain.gradients
     assert ours.peak < plain.peak
+
+
+def test_recorded_passes_keep_their_memory(tmp_path):
+    """A validation's comes on top of that of a pass, and of gradients that stay."""
+    work = work_of(make("ltx-0.9.5", TINY["ltx-0.9.5"].write(tmp_path / "model")), "ltx-0.9.5")
+    memory, optimizer = MemoryConfig(), optimizer_options("adamw")
+    step = simulate_step(work, checkpointing="full", memory=memory, release=True)
+    phases = [
+        training_phases(step, 1000, memory=memory, optimizer=optimizer, keeps=True, records=records)
+        for records in (False, True)
+    ]
+    (train, validate, save), (same, more, saving) = phases
+    assert same == train
+    height = train.peak - train.weights - train.optimizer
+    assert height > train.gradients > 0
+    assert (more.peak, saving.peak) == (validate.peak + height, save.peak + height)
