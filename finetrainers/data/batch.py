@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from typing import Protocol
 
 import torch
 
+from finetrainers.background import read_ahead
 from finetrainers.data.cache import Cache
 from finetrainers.hashing import generator_for
 from finetrainers.latents import draw_latents
@@ -213,20 +214,8 @@ class BatchStream:
 
     def start(self, position: int) -> Iterator[Drawn]:
         """Yield this process's batches from batch number `position` on, which begins a round."""
-        if self.num_workers == 0:
-            while True:
-                yield self._load(*self._choose(position))
-                position += self.world_size
-        ahead: deque[Future[Drawn]] = deque()
-        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="batches")
-        try:
-            while True:
-                while len(ahead) <= self.num_workers:
-                    ahead.append(pool.submit(self._load, *self._choose(position)))
-                    position += self.world_size
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        jobs = (partial(self._load, *self._choose(start)) for start in count(position, self.world_size))
+        return read_ahead(jobs, num_workers=self.num_workers, name="batches")
 
     def sizes(self, position: int) -> list[Size]:
         """Of every process's batch in the round that begins at batch number `position`."""

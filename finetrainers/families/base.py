@@ -270,6 +270,12 @@ class Family(ABC):
         """Captions as `embed` takes them, batch first and padded. `images` (uint8, CHW) belong to the captions, where
         `text_sees_image`."""
 
+    @property
+    def padded_tokens(self) -> tuple[str, ...]:
+        """The attention mask of `tokenize` and its other tensors [B, L] of text, if neither `embed` nor `predict` reads
+        their padding: it is then not embedded, and is zeros. Empty where padding is read."""
+        return ()
+
     @abstractmethod
     def embed(self, encoders: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tokens as `predict` takes them for text, batch first. Gradients flow through it."""
@@ -317,8 +323,7 @@ class Family(ABC):
     @property
     def index(self) -> dict[str, Any]:
         """The model_index.json."""
-        loaded: dict[str, Any] = json.loads((self.folder / "model_index.json").read_text())
-        return loaded
+        return json.loads((self.folder / "model_index.json").read_text())
 
     def scheduler(self) -> Any:
         """A fresh noise schedule for sampling, of the class and with the settings that the folder says."""
@@ -334,8 +339,7 @@ class Family(ABC):
 
     def config(self, part: str) -> dict[str, Any]:
         """The config.json of one part."""
-        loaded: dict[str, Any] = json.loads((self.folder / part / "config.json").read_text())
-        return loaded
+        return json.loads((self.folder / part / "config.json").read_text())
 
     def fingerprint(self, role: str) -> str:
         """Digest of the files behind a role; what was made with them is stale when this changes. Of a family from
