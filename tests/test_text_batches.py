@@ -23,7 +23,7 @@ from tests.families.tiny import TINY
 
 SHORTENED = {"wan-2.1": 512, "hunyuan": 351, "ltx-0.9.5": 256}
 """With the length to which a caption was padded."""
-READ = {"ltx-0.9.0": 128, "cogvideox-5b": 226}
+READ = {"ltx-0.9.0": 128, "cogvideox-5b": 40}
 """Models whose padding is read."""
 CAPTIONS = ["a red circle", "", "b" * 40, "c d " * 30, "x" * 700, "a blue square stands", "e" * 100, "f" * 31, "g" * 32]
 
