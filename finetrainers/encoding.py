@@ -170,6 +170,7 @@ class Encoder:
                 (kind, key, {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()})
                 for kind, key, tensors in entries
             ]
+            # The copies are whole only when the device has come this far.
             arrival = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
             hand_over(partial(self._write, copies, arrival))
 
