@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 
+from finetrainers.background import done_behind, read_ahead
 from finetrainers.captions import report_captions
 from finetrainers.data.cache import Cache, Kind
 from finetrainers.data.clip import read_clip
@@ -22,7 +23,9 @@ from finetrainers.errors import UnusableClip
 from finetrainers.families.base import Family
 from finetrainers.hashing import digest, generator_for
 from finetrainers.memory.exhausted import free, told
+from finetrainers.memory.lane import Arrival
 from finetrainers.memory.quantized import VERSION as QUANTIZED_VERSION
+from finetrainers.text_batches import embed_batch, plan_batches
 from finetrainers.text_encoders import load_text_encoders
 from finetrainers.types import Clip, Condition, Problem, Sample
 
@@ -30,7 +33,9 @@ logger = logging.getLogger(__name__)
 
 VERSION = 2
 """Raised whenever the same clip and caption would be encoded to other numbers."""
-TEXTS_AT_ONCE = 8
+
+Entry = tuple[Kind, str, dict[str, torch.Tensor]]
+"""What is to be written to the cache: its kind, its key and its tensors."""
 
 
 class Progress(Protocol):
@@ -103,14 +108,15 @@ class Encoder:
         ):
             encoders = self.family.load_video_encoders(self.engine.device, self.dtype)
             done = 0
-            for number, key, clip in self._read_ahead(list(due.items())):
-                if isinstance(clip, UnusableClip):
-                    unreadable[key] = str(clip)
-                else:
-                    self._encode_clip(encoders, clip, wanted[key][1], missing)
-                # Clips are handed out in order, so that their numbers say how far all processes are.
-                progress.advance(number + 1 - done)
-                done = number + 1
+            with self._writing() as write:
+                for number, key, clip in self._read_clips(list(due.items())):
+                    if isinstance(clip, UnusableClip):
+                        unreadable[key] = str(clip)
+                    else:
+                        write(self._encode_clip(encoders, clip, wanted[key][1], missing))
+                    # Clips are handed out in order, so that their numbers say how far all processes are.
+                    progress.advance(number + 1 - done)
+                    done = number + 1
             found = self.engine.gather(unreadable)
             progress.advance(len(due) - done)
         del encoders
@@ -129,16 +135,53 @@ class Encoder:
         if self.engine.is_main:
             self.cache.missing(kind, keys)
 
-    def _encode_clip(self, encoders: dict[str, Any], clip: Clip, sample: Sample, missing: set[str]) -> None:
+    def _read_clips(self, wanted: Sequence[tuple[str, Item]]) -> Iterator[tuple[int, str, Clip | UnusableClip]]:
+        """This process's clips, decoded by threads ahead of the encoder, in order; each with its number and key."""
+        is_pinned = self.engine.device.type == "cuda"
+
+        def read(number: int) -> tuple[int, str, Clip | UnusableClip]:
+            key, item = wanted[number]
+            return number, key, _read(item, is_pinned=is_pinned)
+
+        jobs = (partial(read, number) for number in self.engine.claim(len(wanted)))
+        return read_ahead(jobs, num_workers=self.num_workers, name="decode")
+
+    def _encode_clip(self, encoders: dict[str, Any], clip: Clip, sample: Sample, missing: set[str]) -> list[Entry]:
+        entries: list[Entry] = []
         if sample.video_key in missing:
-            self.cache.write("videos", sample.video_key, self.family.encode_video(encoders, clip.video_FCHW))
+            entries.append(("videos", sample.video_key, self.family.encode_video(encoders, clip.video_FCHW)))
         for condition in self.conditions:
             key = sample.condition_keys.get(str(condition))
             if key in missing and key is not None:
                 # Keyed by the clip alone: the cache is shared by runs of any seed.
                 generator = generator_for(0, "condition", key)
                 encoded = self.family.encode_condition(encoders, clip.video_FCHW, condition, generator)
-                self.cache.write("conditions", key, encoded)
+                entries.append(("conditions", key, encoded))
+        return entries
+
+    @contextmanager
+    def _writing(self) -> Iterator[Callable[[list[Entry]], None]]:
+        """In the block, a thread brings what an encoder made to the cache while the encoder goes on; after the block,
+        all of it is there. A kill loses what is being written and what is being encoded, and no more."""
+        device = self.engine.device
+
+        def write(entries: list[Entry]) -> None:
+            copies: list[Entry] = [
+                (kind, key, {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()})
+                for kind, key, tensors in entries
+            ]
+            # The copies are whole only when the device has come this far.
+            arrival = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+            hand_over(partial(self._write, copies, arrival))
+
+        with done_behind("write") as hand_over:
+            yield write
+
+    def _write(self, entries: list[Entry], arrival: Arrival) -> None:
+        if arrival is not None:
+            arrival.synchronize()
+        for kind, key, tensors in entries:
+            self.cache.write(kind, key, tensors)
 
     def encode_texts(self, prompts: Sequence[Prompt]) -> None:
         """Encode the texts that the cache lacks, and say how many are cut off or not understood."""
@@ -148,23 +191,23 @@ class Encoder:
         if not missing:
             return
         tokenizers = self.family.load_tokenizers()
-        report_captions(self.family, tokenizers, [wanted[key].text for key in missing])
-        batches = [missing[start : start + TEXTS_AT_ONCE] for start in range(0, len(missing), TEXTS_AT_ONCE)]
+        due = [wanted[key] for key in missing]
+        texts = [prompt.text for prompt in due]
+        report_captions(self.family, tokenizers, texts)
+        batches = [[due[index] for index in batch] for batch in plan_batches(self.family, tokenizers, texts)]
+        ends = list(accumulate(len(batch) for batch in batches))
         advice = ("memory.stream_text_encoder=true", "memory.text_encoder_weights=int8")
         with (
             told("encoding captions", self.engine.device, advice=advice),
             self.progress("encoding texts", len(missing)) as progress,
         ):
             encoders = self._load_text_encoders(num_loaders=len(batches))
-            numbers, done = self.engine.claim(len(batches)), 0
-            for number in numbers if self.engine.rank < len(batches) else ():
-                keys = batches[number]
-                embedded = self._embed(tokenizers, encoders, [wanted[key] for key in keys])
-                for key, tensors in zip(keys, embedded, strict=True):
-                    self.cache.write("texts", key, tensors)
-                reached = number * TEXTS_AT_ONCE + len(keys)
-                progress.advance(reached - done)
-                done = reached
+            done = 0
+            with self._writing() as write:
+                for number, tokens in self._read_texts(tokenizers, batches):
+                    write(self._embed(encoders, tokens, batches[number]))
+                    progress.advance(ends[number] - done)
+                    done = ends[number]
             self.engine.wait()
             progress.advance(len(missing) - done)
         del encoders
@@ -186,15 +229,30 @@ class Encoder:
             self.engine.wait()
         return encoders
 
+    def _read_texts(
+        self, tokenizers: dict[str, Any], batches: Sequence[Sequence[Prompt]]
+    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """The tokens of this process's batches, made by a thread ahead of the encoder; each with the batch's number."""
+
+        def tokenize(number: int) -> tuple[int, dict[str, torch.Tensor]]:
+            prompts = batches[number]
+            images = [_first_frame(prompt.item) for prompt in prompts] if self.family.text_sees_image else None
+            return number, self.family.tokenize(tokenizers, [prompt.text for prompt in prompts], images)
+
+        numbers = self.engine.claim(len(batches))
+        jobs = (partial(tokenize, number) for number in (numbers if self.engine.rank < len(batches) else ()))
+        # A tokenizer may be asked by one thread at a time.
+        return read_ahead(jobs, num_workers=min(self.num_workers, 1), name="tokenize")
+
     @torch.no_grad()
     def _embed(
-        self, tokenizers: dict[str, Any], encoders: dict[str, Any], prompts: Sequence[Prompt]
-    ) -> list[dict[str, torch.Tensor]]:
-        images = [_first_frame(prompt.item) for prompt in prompts] if self.family.text_sees_image else None
-        embedded = self.family.tokenize(tokenizers, [prompt.text for prompt in prompts], images)
-        if not self.tokens_only:
-            embedded = self.family.embed(encoders, embedded)
-        return [{name: tensor[row] for name, tensor in embedded.items()} for row in range(len(prompts))]
+        self, encoders: dict[str, Any], tokens: dict[str, torch.Tensor], prompts: Sequence[Prompt]
+    ) -> list[Entry]:
+        embedded = tokens if self.tokens_only else embed_batch(self.family, encoders, tokens)
+        return [
+            ("texts", self.text_key(prompt), {name: tensor[row] for name, tensor in embedded.items()})
+            for row, prompt in enumerate(prompts)
+        ]
 
     def _sample(self, item: Item, trigger: str) -> Sample:
         caption = " ".join(part for part in (trigger, item.record.caption) if part)
@@ -220,22 +278,6 @@ class Encoder:
         if role not in self._fingerprints:
             self._fingerprints[role] = self.family.fingerprint(role)
         return self._fingerprints[role]
-
-    def _read_ahead(self, wanted: Sequence[tuple[str, Item]]) -> Iterator[tuple[int, str, Clip | UnusableClip]]:
-        """Decode this process's clips in threads, a few ahead of the encoder, in order; each with its number."""
-        ahead: deque[tuple[int, str, Future[Clip | UnusableClip]]] = deque()
-        pool = ThreadPoolExecutor(max(self.num_workers, 1), thread_name_prefix="decode")
-        try:
-            for number in self.engine.claim(len(wanted)):
-                key, item = wanted[number]
-                ahead.append((number, key, pool.submit(_read, item)))
-                if len(ahead) > self.num_workers:
-                    first, key, clip = ahead.popleft()
-                    yield first, key, clip.result()
-            for last, key, clip in ahead:
-                yield last, key, clip.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -278,8 +320,9 @@ def _first_frame(item: Item | None) -> torch.Tensor:
     return read_clip(item.record, item.media, window, bucket).video_FCHW[0]
 
 
-def _read(item: Item) -> Clip | UnusableClip:
+def _read(item: Item, *, is_pinned: bool) -> Clip | UnusableClip:
     try:
-        return read_clip(item.record, item.media, item.window, item.bucket)
+        clip = read_clip(item.record, item.media, item.window, item.bucket)
     except UnusableClip as error:
         return error
+    return replace(clip, video_FCHW=clip.video_FCHW.pin_memory()) if is_pinned else clip

@@ -58,7 +58,8 @@ def counting(
     """An encoder of the tiny model whose calls are counted; `options` are of the `model` section."""
     family: Any = find_family(ModelConfig(path=str(model), **options), vae_tiling=vae_tiling)
     encode_video, encode_condition = family.encode_video, family.encode_condition
-    tokenize, load = family.tokenize, family.load_video_encoders
+    load, stored = family.load_video_encoders, Cache(cache)
+    write = stored.write
 
     def encode_one(*given: Any) -> Any:
         counts.videos += 1
@@ -70,19 +71,19 @@ def counting(
         counts.videos -= 1
         return encode_condition(encoders, video_FCHW, *given)
 
-    def tokenize_some(tokenizers: Any, captions: list[str], *given: Any) -> Any:
-        counts.texts += len(captions)
-        return tokenize(tokenizers, captions, *given)
+    def write_one(kind: Any, *given: Any) -> None:
+        counts.texts += kind == "texts"
+        write(kind, *given)
 
     def load_one(*given: Any) -> Any:
         counts.loads += 1
         return load(*given)
 
     family.encode_video, family.encode_condition = encode_one, encode_given
-    family.tokenize, family.load_video_encoders = tokenize_some, load_one
+    family.load_video_encoders, stored.write = load_one, write_one  # type: ignore[method-assign]
     return Encoder(
         family,
-        Cache(cache),
+        stored,
         SingleEngine(),
         dtype,
         num_workers,

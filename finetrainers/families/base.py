@@ -193,8 +193,8 @@ class Family(ABC):
         """The transformer's answer, fp32, in the shape of the latents; called exactly as the pipeline calls it.
 
         `latents_BCFHW` are noised in all frames; where `given` says that frames are given clean, they are put in here.
-        `fps_B` are the frames per second of the clips, fp64. Nothing is to be taken from the host, nor told to it, that
-        depends on a batch's numbers: the device would be waited for, and the pass could not be recorded.
+        `fps_B` are frames per second, fp64. What depends on a batch's numbers is neither told to the host nor taken
+        from it: a GPU would be waited for, and the pass could not be recorded.
         """
 
     # Video.
@@ -272,6 +272,12 @@ class Family(ABC):
         """Captions as `embed` takes them, batch first and padded. `images` (uint8, CHW) belong to the captions, where
         `text_sees_image`."""
 
+    @property
+    def padded_tokens(self) -> tuple[str, ...]:
+        """The attention mask of `tokenize` and its other tensors [B, L] of text, if neither `embed` nor `predict` reads
+        their padding: it is then not embedded, and is zeros. Empty where padding is read."""
+        return ()
+
     @abstractmethod
     def embed(self, encoders: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tokens as `predict` takes them for text, batch first. Gradients flow through it."""
@@ -319,8 +325,7 @@ class Family(ABC):
     @property
     def index(self) -> dict[str, Any]:
         """The model_index.json."""
-        loaded: dict[str, Any] = json.loads((self.folder / "model_index.json").read_text())
-        return loaded
+        return json.loads((self.folder / "model_index.json").read_text())
 
     def scheduler(self) -> Any:
         """A fresh noise schedule for sampling, of the class and with the settings that the folder says."""
@@ -336,8 +341,7 @@ class Family(ABC):
 
     def config(self, part: str) -> dict[str, Any]:
         """The config.json of one part."""
-        loaded: dict[str, Any] = json.loads((self.folder / part / "config.json").read_text())
-        return loaded
+        return json.loads((self.folder / part / "config.json").read_text())
 
     def fingerprint(self, role: str) -> str:
         """Digest of the files behind a role; what was made with them is stale when this changes. Of a family from

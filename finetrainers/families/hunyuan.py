@@ -268,6 +268,8 @@ class HunyuanVideo(Family):
             stride=IMAGE_STRIDES[self.image_condition],
         )
 
+    padded_tokens = ("llama_attention_mask", "llama_input_ids", "kept_positions", "kept_mask")
+
     def embed(self, encoders: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return hunyuan_text.embed_tokens(encoders, tokens)
 

@@ -198,6 +198,10 @@ class LTXVideo(Family):
     ) -> dict[str, Tensor]:
         return pad_tokens(tokenizers["tokenizer"], captions, self.max_text_tokens)
 
+    @property
+    def padded_tokens(self) -> tuple[str, ...]:
+        return ("attention_mask", "input_ids") if self.is_causal else ()
+
     def embed(self, encoders: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         encoder = encoders["text_encoder"]
         mask = tokens["attention_mask"].to(encoder.device)

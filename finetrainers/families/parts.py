@@ -127,7 +127,7 @@ def refuse_bucket(bucket: Bucket, *, frames: int, space: int, name: str) -> str 
 
 def to_pixels(video_FCHW: Tensor, network: Any, dtype: torch.dtype | None = None) -> Tensor:
     """A uint8 clip as a VAE takes it: [1, C, F, H, W] in [-1, 1], on the network's device, in its type or another."""
-    pixels_FCHW = video_FCHW.to(network.device).float() / 127.5 - 1
+    pixels_FCHW = video_FCHW.to(network.device, non_blocking=True).float() / 127.5 - 1
     return pixels_FCHW.permute(1, 0, 2, 3)[None].to(dtype or network.dtype)
 
 

@@ -256,6 +256,8 @@ class Wan(Family):
     ) -> dict[str, Tensor]:
         return pad_tokens(tokenizers["tokenizer"], _cleaned(captions), MAX_TEXT_TOKENS)
 
+    padded_tokens = ("attention_mask", "input_ids")
+
     def embed(self, encoders: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         encoder = encoders["text_encoder"]
         mask = tokens["attention_mask"].to(encoder.device)

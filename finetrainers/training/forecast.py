@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from finetrainers import text_encoders
-from finetrainers.encoding import TEXTS_AT_ONCE
 from finetrainers.engines.base import replace_tensors
 from finetrainers.families.base import Family
 from finetrainers.memory.layout import footprint, spread
 from finetrainers.memory.simulation import HOST, SIMULATED, LiveBytes, Peak, simulation
 from finetrainers.methods.base import Method
 from finetrainers.optimizers.size import StateBytes, state_bytes
+from finetrainers.text_batches import TEXTS_AT_ONCE
 from finetrainers.training.measures import lower_precision, save_activations
 from finetrainers.training.simulated import blank_batch, meta_models, one_expert, simulated_models
 from finetrainers.training.timeline import Segment, Stretch, Timeline, stretched
