@@ -18,7 +18,7 @@ from finetrainers.engines.single import SingleEngine
 from finetrainers.families.base import Family
 from finetrainers.text_batches import LENGTH_STEP, TEXTS_AT_ONCE, embed_batch, plan_batches
 from finetrainers.types import Bucket, Condition
-from tests.families.parity import CPU, inputs_of, random_clip
+from tests.families.parity import CPU, inputs_of, random_clip, rates
 from tests.families.tiny import TINY
 
 SHORTENED = {"wan-2.1": 512, "hunyuan": 351, "ltx-0.9.5": 256}
@@ -71,7 +71,7 @@ def test_the_transformer_answers_as_with_all_of_it(folders, name):
         with torch.no_grad():
             timestep = torch.tensor([500.0])
             answers.append(
-                family.predict(transformers, latents, timestep, text=text, given=inputs["given"], fps=[25.0])
+                family.predict(transformers, latents, timestep, text=text, given=inputs["given"], fps_B=rates(25.0))
             )
     torch.testing.assert_close(answers[0], answers[1], rtol=1e-5, atol=3e-5)
     assert (answers[0] - answers[2]).abs().max() > 1e-4, "another text is another answer"

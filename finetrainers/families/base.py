@@ -193,8 +193,7 @@ class Family(ABC):
         """The transformer's answer, fp32, in the shape of the latents; called exactly as the pipeline calls it.
 
         `latents_BCFHW` are noised in all frames; where `given` says that frames are given clean, they are put in here.
-        `fps_B` are frames per second, fp64. What depends on a batch's numbers is neither told to the host nor taken
-        from it: a GPU would be waited for, and the pass could not be recorded.
+        `fps_B` are frames per second, fp64. No number of a batch is told to the host, which would wait for the GPU.
         """
 
     # Video.
