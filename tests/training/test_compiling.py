@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from finetrainers.config.schema import MemoryConfig, ObjectiveConfig
 from finetrainers.data.batch import map_tensors
@@ -19,6 +20,7 @@ from finetrainers.engines.deepspeed import DeepSpeedEngine
 from finetrainers.engines.fsdp import FSDPEngine
 from finetrainers.engines.single import SingleEngine
 from finetrainers.errors import UserError
+from finetrainers.memory.simulation import saved_bytes
 from finetrainers.methods.base import Method
 from finetrainers.methods.find import find_method
 from finetrainers.objectives import build_objective
@@ -158,6 +160,17 @@ def test_none_is_made_twice_over_eight_sizes(tmp_path, programs):
     assert len(programs) == 2 * len(sizes)
     losses_of(method, models, batches[::-1])
     assert len(programs) == 2 * len(sizes)
+
+
+def test_activations_that_a_matrix_product_reads_are_computed_again():
+    """Of a feed-forward what goes in is kept and what the activation takes, not what it gives."""
+    torch.compiler.reset()
+    block = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    hidden = torch.randn(16, 8)
+    expected = block(hidden)
+    compile_blocks([block], backend="aot_eager_decomp_partition")
+    assert saved_bytes(lambda: block(hidden), [block]) == 16 * (8 + 32) * 4
+    assert torch.allclose(block(hidden), expected)
 
 
 CASES: dict[str, dict[str, Any]] = {
