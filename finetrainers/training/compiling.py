@@ -31,8 +31,8 @@ hidden states, by 4 %. Kernels for GPUs are not affected."""
 
 _KEEP_LESS = {"ban_recompute_materialized_backward": False}
 """What torch is told of choosing what a compiled block keeps for its backward pass: what is cheap, such as norms,
-activations, modulation and copies in another layout, is computed again also where a matrix product or attention reads it,
-and so has to be written again. Matrix products and attention themselves are never computed again."""
+activations, modulation and copies in another layout, is computed again even where a matrix product or attention reads
+it, so that it has to be written again. Matrix products and attention themselves are never computed again."""
 
 
 def check_compiling(option: str, engine: Engine, dtype: torch.dtype | None) -> None:
