@@ -29,6 +29,11 @@ _SIMD = 1
 """Bits of a CPU's vectors that inductor may use: none. With them torch 2.13 makes a wrong gradient of HunyuanVideo's
 hidden states, by 4 %. Kernels for GPUs are not affected."""
 
+_KEEP_LESS = {"ban_recompute_materialized_backward": False}
+"""What torch is told of choosing what a compiled block keeps for its backward pass: what is cheap, such as norms,
+activations, modulation and copies in another layout, is computed again even where a matrix product or attention reads
+it, so that it has to be written again. Matrix products and attention themselves are never computed again."""
+
 
 def check_compiling(option: str, engine: Engine, dtype: torch.dtype | None) -> None:
     """Raise UserError where `training.compile` asks for blocks that cannot be compiled; `dtype` is what
@@ -70,10 +75,12 @@ def compile_blocks(blocks: Iterable[nn.Module], *, backend: str = "inductor") ->
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_user_cache() / "finetrainers" / "compiled"))
     import torch._dynamo as dynamo
+    from torch._functorch import config as partitioning
 
     # Past its limits torch would quietly compute without having compiled.
     limits = {"recompile_limit": _CASES, "accumulated_recompile_limit": _CASES, "fail_on_recompile_limit_hit": True}
     dynamo.config.load_config(limits)
+    partitioning.load_config(_KEEP_LESS)
     _tell_compile_times()
     options: Any = {"cpp.simdlen": _SIMD} if backend == "inductor" else None
     for block in blocks:
