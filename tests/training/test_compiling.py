@@ -223,7 +223,7 @@ def assert_same_gradients(name: str, tmp_path: Path, kind: str, *, most: float) 
         losses = losses_of(method, models, batches)
         answers.append((losses, {key: each.grad for key, each in method.trained(models).items()}))
     assert answers[1][0] == pytest.approx(answers[0][0], rel=1e-5)
-    # Of two experts one was asked. What is zero but for rounding, as that of a bias of keys is, is that of what it sums.
+    # Of two experts one was asked. What is zero but for rounding, as that of a bias of keys, rounds as what it sums.
     gradients = {key: each for key, each in answers[0][1].items() if each is not None}
     rounding = 1e-7 * max(each.abs().max() for each in gradients.values())
     for key, gradient in gradients.items():
