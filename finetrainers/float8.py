@@ -18,20 +18,23 @@ _MULTIPLE = 16
 
 class Float8Linear(TorchaoLinear):
     """torchao's layer, whose weight keeps its type and its name. Forward pass and both products of the backward pass
-    take float8 numbers, scaled by the largest of each tensor or row as it is at that time, and answer in bf16.
+    take float8 numbers, scaled by the largest of each tensor or row as it is at that time, and answer in the type that
+    a linear layer would.
 
     Unlike torchao's it takes any number of tokens, and weights in fp32 under autocast on any device.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        # What the rest of the model computes in.
-        rows = input.flatten(0, -2).bfloat16()
+        kind, rows = "cuda" if input.is_cuda else "cpu", input.flatten(0, -2)
+        if torch.is_autocast_enabled(kind):
+            rows = rows.to(torch.get_autocast_dtype(kind))
         # Rows of zeros move no scale, and add nothing to the weight's gradient.
-        added = -len(rows) % _MULTIPLE
-        # Under autocast products would be cast anew, which codes with a scale for each row do not know.
-        with torch.autocast("cuda" if input.is_cuda else "cpu", enabled=False):
-            answer: Tensor = super().forward(nn.functional.pad(rows, (0, 0, 0, added)) if added else rows)
-        return answer[: len(rows)].unflatten(0, input.shape[:-1])
+        if added := -len(rows) % _MULTIPLE:
+            rows = nn.functional.pad(rows, (0, 0, 0, added))
+        # Autocast would cast the operands anew, which those with a scale for each row cannot be.
+        with torch.autocast(kind, enabled=False):
+            answer: Tensor = super().forward(rows)
+        return answer[: len(rows) - added].unflatten(0, input.shape[:-1])
 
 
 def choose_layers(model: nn.Module, blocks: Iterable[nn.Module], *, leave: Collection[str]) -> list[str]:
