@@ -24,7 +24,7 @@ from finetrainers.types import Batch
 from tests.families.deep import write_deep
 from tests.families.tiny import TINY
 from tests.memory.training import random_batch
-from tests.training.test_compiling import Programs, compile_all, counted
+from tests.training.test_compiling import Programs, compile_all, counted, kinds_of
 from tests.training.tiny_run import OBJECTIVE, full, make_batch, make_trainer
 
 RECIPES = ("tensorwise", "rowwise")
@@ -191,13 +191,18 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("weights_dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_what_saves_memory_changes_no_number_and_layers_share_programs(tmp_path, recipe, weights_dtype):
-    method = float8_method(
-        "hunyuan", write_deep("hunyuan", tmp_path / "model", num_layers=3), recipe, weights_dtype=weights_dtype
-    )
-    batch = random_batch(method, TINY["hunyuan"].bucket)
+CASES = [(row, recipe, kept) for row in ("ltx-0.9.5", "hunyuan") for recipe in RECIPES for kept in ("fp32", "bf16")]
+QUICK = {("ltx-0.9.5", "rowwise", "fp32"), ("ltx-0.9.5", "tensorwise", "bf16")}
+
+
+@pytest.mark.parametrize(
+    ("row", "recipe", "weights_dtype"),
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
+def test_what_saves_memory_changes_no_number_and_layers_share_programs(tmp_path, row, recipe, weights_dtype):
+    folder = write_deep(row, tmp_path / "model", num_layers=3)
+    method = float8_method(row, folder, recipe, weights_dtype=weights_dtype)
+    batch = random_batch(method, TINY[row].bucket)
     loss, expected = gradients(method, load(method), batch)
     for way, options in WAYS.items():
         again, found = gradients(method, load(method, **options), batch)
@@ -208,7 +213,7 @@ def test_what_saves_memory_changes_no_number_and_layers_share_programs(tmp_path,
     compile_all(method, models, counted(programs))
     again, found = gradients(method, models, batch)
     assert torch.equal(again, loss) and difference(found, expected) == 0
-    assert len(programs) <= 3, "two kinds, and the input of the first layer may need no gradient"
+    assert len(programs) <= 1 + kinds_of(method, models), "the input of the first layer may need no gradient"
 
 
 @pytest.mark.slow
@@ -228,22 +233,23 @@ def test_compiled_blocks_are_as_near_as_roundings_of_float8(folders, row, recipe
     assert difference(found, expected) < 0.03
 
 
-@pytest.mark.parametrize("weights_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("weights_dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_fifty_steps_learn_what_bf16_learns(folders, weights_dtype):
-    """Each loss is within 3 % of that of bf16, and all together within 0.5 %; it falls by more than a fifth."""
+    """The loss falls to less than a third. None is further from that of bf16 than 3 % of the first, their mean 1 %."""
     curves = {}
     for recipe in (None, *RECIPES):
         options = full(float8_recipe=recipe, weights_dtype=weights_dtype)
         batches = [make_batch(range(start, start + 4)) for start in (0, 4)]
-        trainer = make_trainer(folders["ltx-0.9.0"], batches, options=options, dtype=torch.bfloat16, lr=3e-3)
+        trainer = make_trainer(folders["ltx-0.9.0"], batches, options=options, dtype=torch.bfloat16)
         stream = trainer.batches.start(0)
         curves[recipe] = torch.stack([trainer.step(stream).loss.detach() for _ in range(50)])
     plain = curves.pop(None)
-    assert plain[-2:].mean() < 0.8 * plain[:2].mean()
+    assert plain[-2:].mean() < plain[:2].mean() / 3
     for recipe, curve in curves.items():
         assert not torch.equal(curve[0], plain[0])
-        worst, mean = (curve / plain - 1).abs().max().item(), (curve.mean() / plain.mean() - 1).abs().item()
-        assert worst < 0.03 and mean < 0.005, (recipe, worst, mean)
+        worst = (curve - plain).abs().max().item() / plain[0].item()
+        mean = abs(curve.mean().item() / plain.mean().item() - 1)
+        assert worst < 0.03 and mean < 0.01, (recipe, worst, mean)
     assert not torch.equal(*curves.values())
 
 
