@@ -21,7 +21,7 @@ class Float8Linear(TorchaoLinear):
     take float8 numbers, scaled by the largest of each tensor or row as it is at that time, and answer in the type that
     a linear layer would.
 
-    Unlike torchao's it takes any number of tokens, and weights in fp32 under autocast on any device.
+    Unlike torchao's it takes any number of tokens, and heeds autocast on a CPU too.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -31,9 +31,7 @@ class Float8Linear(TorchaoLinear):
         # Rows of zeros move no scale, and add nothing to the weight's gradient.
         if added := -len(rows) % _MULTIPLE:
             rows = nn.functional.pad(rows, (0, 0, 0, added))
-        # Autocast would cast the operands anew, which those with a scale for each row cannot be.
-        with torch.autocast(kind, enabled=False):
-            answer: Tensor = super().forward(rows)
+        answer: Tensor = super().forward(rows)
         return answer[: len(rows) - added].unflatten(0, input.shape[:-1])
 
 

@@ -43,17 +43,19 @@ def rounded(tensor: Tensor, recipe: str, dim: int, dtype: torch.dtype = torch.fl
     return (tensor * scale).to(dtype).double() / scale.double()
 
 
+@pytest.mark.parametrize("emulate", [True, False], ids=["emulated", "by torch"])
 @pytest.mark.parametrize("num_tokens", [32, 18])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_three_products_are_those_of_rounded_numbers(recipe, weights, num_tokens):
-    """Also of a number of tokens that is no multiple of 16, and of fp32 inputs under autocast."""
+def test_the_three_products_are_those_of_rounded_numbers(recipe, weights, num_tokens, emulate):
+    """Also of a number of tokens that is no multiple of 16, and of fp32 inputs under autocast. torch has float8
+    products for CPUs too, so that what a GPU is asked for runs here."""
     generator = torch.Generator().manual_seed(0)
     plain = nn.Linear(48, 32, dtype=weights)
     model = nn.Sequential(plain)
     given = torch.randn(2, num_tokens // 2, 48, generator=generator).to(weights).requires_grad_()
     slope = torch.randn(2, num_tokens // 2, 32, generator=generator).bfloat16()
-    compute_in_float8(model, ["0"], recipe, emulate=True)
+    compute_in_float8(model, ["0"], recipe, emulate=emulate)
     assert model[0].weight is plain.weight and model[0].bias is plain.bias
     with torch.autocast("cpu", torch.bfloat16, enabled=weights != torch.bfloat16):
         answer = model(given)
@@ -82,6 +84,23 @@ def test_the_three_products_are_those_of_rounded_numbers(recipe, weights, num_to
         assert (found[name] - product).abs().max() < 2**-7 * size, name
         assert (exact[name] - product).norm() > 0.01 * product.norm(), "float8 rounds"
     torch.testing.assert_close(plain.bias.grad.float(), slopes.float().sum(0), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("num_tokens", "rows"), [(32, 32), (18, 32), (1, 16)])
+def test_a_gpu_gets_sizes_that_it_takes(num_tokens, rows):
+    """What is summed over is a multiple of 16 in every product: sizes of the weight, and tokens with what is added."""
+    saved: list[tuple[Any, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append((tuple(tensor.shape), tensor.dtype))
+        return tensor
+
+    model = nn.Sequential(nn.Linear(48, 32))
+    compute_in_float8(model, ["0"], "tensorwise", emulate=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        answer = model(torch.ones(num_tokens, 48))
+    assert answer.shape == (num_tokens, 32)
+    assert saved == [((rows, 48), torch.bfloat16), ((48, 32), torch.float32)], "of the weight itself, no copy"
 
 
 def test_sizes_that_do_not_suit_and_named_layers_are_left_out():
