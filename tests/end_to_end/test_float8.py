@@ -13,6 +13,7 @@ def test_a_run_cut_in_two_is_the_same_run(settings, model, tmp_path):
     settings["optimizer"]["lr_scheduler"] = "constant"
     settings["training"] |= {"precision": "bf16", "gradient_checkpointing": True}
     settings["checkpoint"]["every"] = 4
+    settings["validation"]["num_videos"] = 0
     config = write_config(tmp_path / "c.yaml", **settings)
 
     def train(name: str, *options: str) -> tuple[int, str]:
