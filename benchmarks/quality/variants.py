@@ -17,6 +17,8 @@ class Variant:
 
 
 FULL = {"method": {"name": "full"}, "optimizer.lr": 1e-3}
+FULL_BF16 = FULL | {"training.precision": "bf16"}
+"""fp32 weights, computed with in bf16."""
 TOGETHER = {"training.batch_size": 4}
 """The same batch on two processes."""
 ALL_LINEAR = r".*(to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"
@@ -34,6 +36,8 @@ VARIANTS = (
     Variant("full", "fp32", FULL),
     Variant("full", "bf16 weights", FULL | {"method.weights_dtype": "bf16", "training.precision": "bf16"}),
     Variant("full", "Muon", FULL | {"optimizer.name": "muon"}),
+    Variant("float8", "bf16", FULL_BF16),
+    *(Variant("float8", name, FULL_BF16 | {"method.float8_recipe": name}) for name in ("tensorwise", "rowwise")),
     Variant("engine", "DDP x 2", TOGETHER | {"parallel.strategy": "ddp"}, 2),
     Variant("engine", "FSDP2 x 2", TOGETHER | {"parallel.strategy": "fsdp"}, 2),
     Variant("engine", "ZeRO 2 x 2", TOGETHER | {"parallel.strategy": "deepspeed", "parallel.zero_stage": 2}, 2),

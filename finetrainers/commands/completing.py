@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 from finetrainers.config.load import fill_defaults, resolved_buckets, resolved_conditions
@@ -27,6 +29,7 @@ def complete(config: RunConfig, *, weights: bool = True) -> tuple[Family, RunCon
     check_sizes(family, config)
     check_context(family, config)
     check_weights(config)
+    check_arithmetic(config)
     return family, config
 
 
@@ -85,6 +88,19 @@ def check_weights(config: RunConfig) -> None:
         )
     check_format("memory.base_weights", memory.base_weights)
     check_format("memory.text_encoder_weights", memory.text_encoder_weights)
+
+
+def check_arithmetic(config: RunConfig) -> None:
+    """Refuse float8 where torchao is not installed, and beside fp32."""
+    if (recipe := getattr(config.method, "float8_recipe", None)) is None:
+        return
+    if find_spec("torchao") is None:
+        raise UserError(f"method.float8_recipe {recipe} needs torchao: pip install 'finetrainers[torchao]'")
+    if config.training.precision != "bf16":
+        raise UserError(
+            f"method.float8_recipe {recipe} is coarser than training.precision {config.training.precision}, in which "
+            "all else would compute: set training.precision bf16, or leave it out"
+        )
 
 
 def _sizes(config: RunConfig) -> list[tuple[str, Bucket, list[Condition]]]:

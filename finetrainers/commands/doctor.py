@@ -110,6 +110,7 @@ _OPTIONAL: dict[str, Callable[[], str]] = {
     "video files (PyAV)": _video_codecs,
     "8-bit AdamW (optimizer.name=adamw_8bit)": _eight_bit,
     "8-bit and 4-bit AdamW (optimizer.name=torchao_adamw_8bit)": _importable("torchao.optim", "torchao"),
+    "float8 (method.float8_recipe=tensorwise)": _importable("torchao.float8", "torchao"),
     "Prodigy (optimizer.name=prodigy)": _importable("prodigyopt", "prodigyopt"),
     "parquet tables": _importable("pyarrow.parquet", "pyarrow"),
     "TensorBoard (tracking.trackers=tensorboard)": _importable("torch.utils.tensorboard", "tensorboard"),

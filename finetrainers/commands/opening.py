@@ -22,6 +22,7 @@ from finetrainers.methods.base import Method
 from finetrainers.optimizers.build import can_be_shared, check_optimizer
 from finetrainers.planning import states_gib
 from finetrainers.training.compiling import check_compiling
+from finetrainers.training.float8 import check_float8
 from finetrainers.training.streaming import check_streaming
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ def open_run(config: RunConfig, *, trains: bool = True) -> tuple[Family, RunConf
     together is refused, before anything slow."""
     family, whole = complete(config)
     engine = build_engine(plain_strategy(family, whole) if trains else whole.parallel)
+    if trains:
+        check_float8(build_method(family, whole), engine)
     if whole.memory.budget is not None:
         # Chosen once, where devices may differ.
         fitted = choose_measures(family, whole, engine, given=given_options(config)) if engine.is_main else None

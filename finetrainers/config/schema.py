@@ -133,6 +133,10 @@ class FullOptions(Section):
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
     """How trained weights are kept. `bf16` halves weights and gradients: updates are computed in fp32 and rounded at
     random, so that small ones are kept in the mean."""
+    float8_recipe: Literal["tensorwise", "rowwise"] | None = None
+    """Matrix products of the blocks' linear layers in float8 (torchao), by its recipes: `tensorwise` has a scale for
+    each tensor, `rowwise` one for each row. For GPUs of compute capability 8.9 (`rowwise` 9.0) and up; on a CPU it is
+    emulated, slowly. Left out: in `training.precision`."""
 
 
 METHODS: dict[str, type[Section]] = {"lora": LoraOptions, "full": FullOptions}

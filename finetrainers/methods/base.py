@@ -110,6 +110,11 @@ class Method(ABC):
         """What linear layers compute in, where their weights are of another type."""
         return None
 
+    @property
+    def float8_recipe(self) -> str | None:
+        """torchao's name for how linear layers of the blocks compute in float8; None where none do."""
+        return None
+
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The context in which forward passes run."""
         return nullcontext()

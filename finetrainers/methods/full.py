@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetrainers.errors import UserError
 from finetrainers.methods.base import Method
 from finetrainers.weights import write_transformer
 
@@ -30,8 +31,29 @@ class Full(Method):
         return self.weights_dtype
 
     def attach(self, models: Mapping[str, nn.Module], seed: int) -> None:
-        for model in models.values():
+        for name, model in models.items():
             model.requires_grad_(True)
+            if self.float8_recipe is not None:
+                self._compute_in_float8(name, model, self.float8_recipe)
+
+    @property
+    def float8_recipe(self) -> str | None:
+        recipe: str | None = self.options.float8_recipe
+        return recipe
+
+    def _compute_in_float8(self, name: str, model: nn.Module, recipe: str) -> None:
+        # torchao is optional.
+        from finetrainers.float8 import choose_layers, compute_in_float8
+
+        family = self.family
+        leave = (family.precise_layers, family.sensitive_layers)
+        layers = choose_layers(model, family.blocks(name, model), leave=leave)
+        if not layers:
+            raise UserError(
+                f"method.float8_recipe {recipe}: no linear layer of the blocks of {name} has sizes that are multiples "
+                "of 16: leave it out"
+            )
+        compute_in_float8(model, layers, recipe, emulate=not torch.cuda.is_available())
 
     @property
     def linear_dtype(self) -> torch.dtype | None:

@@ -15,6 +15,7 @@ from finetrainers.hashing import seed_for
 from finetrainers.memory.quantized import describe
 from finetrainers.methods.base import Method
 from finetrainers.training.compiling import compile_blocks
+from finetrainers.training.float8 import tell_float8
 from finetrainers.training.measures import lower_precision, save_activations
 from finetrainers.training.streaming import build_streams
 
@@ -50,6 +51,7 @@ def load_models(
     if engine.context_size > 1:
         split_tokens(transformers, method.family.context_plan(), device=engine.device, size=engine.context_size)
     blocks = {name: method.family.blocks(name, model) for name, model in models.items()}
+    tell_float8(method, [block for each in blocks.values() for block in each])
     streams = build_streams(method, models, blocks, options=options, device=engine.device)
     for stream in streams:
         engine.park(stream)

@@ -236,3 +236,19 @@ def test_a_text_encoder_that_is_trained_counts_too(call, clips, model, tmp_path)
     answer = call("train", config, *options)
     said = f"lora trains {planned['trained_parameters']:,} of {planned['parameters']:,} parameters"
     assert answer.code == 0 and said in answer.err, answer.err
+
+
+def test_float8_is_planned(call, config):
+    """It moves and holds the same parameters, and what a step holds besides is that of its own operations."""
+    answers = {}
+    for recipe in ("null", "tensorwise"):
+        options = ["training.gradient_checkpointing=full", f"method={{name: full, float8_recipe: {recipe}}}"]
+        answer = call("plan", config, "--json", *options)
+        assert answer.code == 0, answer.err
+        answers[recipe] = json.loads(answer.out)
+    plain, float8 = answers.values()
+    assert float8["trained_parameters"] == plain["trained_parameters"] == float8["parameters"]
+    held = [next(phase for phase in each["memory"]["phases"] if phase["phase"] == "train") for each in (plain, float8)]
+    assert held[0]["activations_gib"] != held[1]["activations_gib"] > 0
+    for name in ("weights_gib", "gradients_gib", "optimizer_gib"):
+        assert held[0][name] == held[1][name]

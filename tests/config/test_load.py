@@ -275,7 +275,7 @@ def test_fill_defaults_never_overrules_the_user():
 
 def test_fill_defaults_passes_over_what_the_method_has_not():
     filled = fill_defaults(build_config(content(method={"name": "full"})), {"method.target_modules": ["to_q"]})
-    assert filled.method.model_dump() == {"name": "full", "weights_dtype": "fp32"}
+    assert filled.method.model_dump() == {"name": "full", "weights_dtype": "fp32", "float8_recipe": None}
 
 
 @pytest.mark.parametrize(
@@ -352,11 +352,15 @@ def test_identity_was_decided_for_every_option():
     assert options | {"output"} == CHANGES_NUMBERS.keys() | CHANGES_NONE.keys()
 
 
-def test_the_type_of_the_weights_is_part_of_the_identity():
-    kinds = [
-        identity(build_config(content(method={"name": "full", "weights_dtype": kind}))) for kind in ("fp32", "bf16")
-    ]
-    assert kinds[0] != kinds[1]
+# With another value than the default.
+OF_FULL = {"weights_dtype": "bf16", "float8_recipe": "rowwise"}
+
+
+@pytest.mark.parametrize("option", OF_FULL)
+def test_options_of_full_fine_tuning_are_part_of_the_identity(option):
+    kinds = [identity(build_config(content(method={"name": "full"} | given))) for given in ({}, OF_FULL)]
+    assert kinds[0][f"method.{option}"] != kinds[1][f"method.{option}"]
+    assert OF_FULL.keys() == type(build_config(content(method={"name": "full"})).method).model_fields.keys() - {"name"}
 
 
 def test_steps_are_part_of_the_identity_of_a_schedule_that_bends_towards_the_end():

@@ -111,6 +111,7 @@ HELD = [
     ("ltx-0.9.0", None, {}, "adamw"),
     ("ltx-0.9.0", FullOptions(name="full"), {}, "adamw"),
     ("ltx-0.9.0", FullOptions(name="full", weights_dtype="bf16"), {}, "adamw"),
+    ("ltx-0.9.0", FullOptions(name="full", float8_recipe="tensorwise"), {}, "adamw"),
     ("ltx-0.9.0", FullOptions(name="full"), {}, "adamw_8bit"),
     ("ltx-0.9.0", {"rank": 4, "text_encoder": "lora"}, {}, "adamw"),
     ("ltx-0.9.0", None, {"base_weights": "int8"}, "adamw"),
@@ -183,6 +184,8 @@ SIZES = [
     ("cogvideox-5b", None, 2, False, "every-2"),
     ("hunyuan", None, 1, True, "none"),
     ("wan-2.1", FullOptions(name="full"), 1, False, "full"),
+    ("hunyuan", FullOptions(name="full", float8_recipe="tensorwise"), 1, False, "none"),
+    ("hunyuan", FullOptions(name="full", float8_recipe="rowwise"), 1, False, "full"),
     ("wan-2.2-a14b", None, 1, True, "full"),
     ("ltx-0.9.5-i2v", None, 2, False, "full"),
 ]
