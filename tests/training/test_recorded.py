@@ -63,7 +63,7 @@ CASES = {
     "full": {"options": full()},
     "full in bf16, fp32 weights": {"options": full(), "dtype": torch.bfloat16},
     "full in bf16 weights": {"options": full(weights_dtype="bf16"), "dtype": torch.bfloat16},
-    "full in float8": {"options": full(float8_recipe="tensorwise"), "dtype": torch.bfloat16, "steps": 10},
+    "full in float8": {"options": full(float8_recipe="tensorwise"), "dtype": torch.bfloat16, "steps": 13},
     "accumulated": {"gradient_accumulation_steps": 3, "steps": 10},
     "accumulated, full": {"gradient_accumulation_steps": 2, "options": full(), "steps": 10},
     "adafactor": {"optimizer": "adafactor"},
