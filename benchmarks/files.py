@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,9 @@ from finetrainers.training.state import TrainState
 GOALS = {
     "B11 ms per 2.4 MB item": 0.25,
     "B12 checkpoint / LoRA file": 3.1,
+    "B12 training waits / a copy in memory": 1.1,
     "B13 --help seconds": 0.3,
+    "B13 first step / imports": 1.2,
     "B14 peak MB of a tiny run": 480,
 }
 PEERS = {
@@ -114,6 +119,10 @@ def checkpoint() -> dict[str, float]:
         load_seconds = time.perf_counter() - begun
         state = [tensor for entry in trainer.optimizer.state.values() for tensor in entry.values()]
         begun = time.perf_counter()
+        copies = [tensor.detach().clone() for tensor in [*trainer.trained.values(), *state]]
+        copy_seconds = time.perf_counter() - begun
+        del copies
+        begun = time.perf_counter()
         save_file({str(n): t.detach().clone() for n, t in enumerate([*trainer.trained.values(), *state])}, folder / "x")
         bare_seconds = time.perf_counter() - begun
     return {
@@ -121,6 +130,7 @@ def checkpoint() -> dict[str, float]:
         "checkpoint_mb": size / 1e6,
         "ratio": size / lora,
         "training_waits_seconds": copied_seconds,
+        "copy_in_memory_seconds": copy_seconds,
         "save_seconds": save_seconds,
         "load_and_verify_seconds": load_seconds,
         "one_bare_safetensors_write_seconds": bare_seconds,
@@ -128,13 +138,42 @@ def checkpoint() -> dict[str, float]:
 
 
 def start_up() -> dict[str, float]:
-    """Wall seconds of `finetrainers --help` in a fresh interpreter, warm."""
-    times = []
-    for _ in range(8):
+    """Wall seconds in fresh interpreters, warm: of `--help`; of the imports that training needs; and until a tiny run
+    whose dataset is encoded has taken its first step. The last two take turns."""
+
+    def seconds(*arguments: str, until: Callable[[], bool] | None = None) -> float:
         begun = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "finetrainers", "train", "--help"], check=True, capture_output=True)
-        times.append(time.perf_counter() - begun)
-    return {"median_seconds": statistics.median(times[1:]), "min_seconds": min(times[1:])}
+        with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            while until is not None and process.poll() is None and not until():
+                time.sleep(0.005)
+            taken = time.perf_counter() - begun
+            process.communicate()
+        assert process.returncode == 0
+        return taken if until is not None else time.perf_counter() - begun
+
+    helped = [seconds("-m", "finetrainers", "train", "--help") for _ in range(8)][1:]
+    imports, first_step = [], []
+    with tempfile.TemporaryDirectory() as name:
+        config, run = write_config(Path(name)), Path(name) / "run"
+        for _ in range(6):
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            (run / "metrics.jsonl").unlink(missing_ok=True)
+            imports.append(seconds("-c", IMPORTS))
+            stepped = partial(_has_text, run / "metrics.jsonl")
+            first_step.append(seconds("-m", "finetrainers", "train", str(config), "training.steps=1", until=stepped))
+    # At first it encodes the clips.
+    ratios = [step / alone for step, alone in zip(first_step[1:], imports[1:], strict=True)]
+    return {
+        "median_seconds": statistics.median(helped),
+        "min_seconds": min(helped),
+        "imports_seconds": statistics.median(imports[1:]),
+        "first_step_seconds": statistics.median(first_step[1:]),
+        "first_step_over_imports": statistics.median(ratios),
+    }
+
+
+def _has_text(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
@@ -142,25 +181,31 @@ IMPORTS = "import torch, diffusers, peft, transformers; from diffusers import LT
 RUN = "import sys; from finetrainers.cli import main; assert main(sys.argv[1:]) == 0; " + PEAK
 
 
+def write_config(folder: Path) -> Path:
+    """A tiny run on four clips, in this folder."""
+    settings = {
+        "model": {"path": str(write_tiny_ltx(folder / "model"))},
+        "data": {"train": str(render_clips(folder / "clips", 4, num_frames=17).parent), "buckets": ["17x96x96"]},
+        "method": {"rank": 4},
+        "training": {"steps": 20, "precision": "fp32"},
+        "validation": {"every": 0},
+        "output": str(folder / "run"),
+    }
+    config = folder / "c.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    return config
+
+
 def tiny_run() -> dict[str, float]:
     """Peak resident memory of a whole tiny run, and of the imports alone, each in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        settings = {
-            "model": {"path": str(write_tiny_ltx(folder / "model"))},
-            "data": {"train": str(render_clips(folder / "clips", 4, num_frames=17).parent), "buckets": ["17x96x96"]},
-            "method": {"rank": 4},
-            "training": {"steps": 20, "precision": "fp32"},
-            "validation": {"every": 0},
-            "output": str(folder / "run"),
-        }
-        (folder / "c.yaml").write_text(yaml.safe_dump(settings))
+        config = write_config(Path(name))
 
         def peak_mb(code: str, *arguments: str) -> float:
             done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
             return int(done.stdout.splitlines()[-1]) / 1024
 
-        return {"imports_mb": peak_mb(IMPORTS), "run_mb": peak_mb(RUN, "train", str(folder / "c.yaml"), "--quiet")}
+        return {"imports_mb": peak_mb(IMPORTS), "run_mb": peak_mb(RUN, "train", str(config), "--quiet")}
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""B1 and B2: what the loop costs beyond forward and backward, on tiny LTX transformers with LoRA, in one process.
+"""B1 and B2: what the loop costs beyond forward and backward, on tiny LTX transformers with LoRA, in one process: one
+layer, the depth of LTX-Video, and six wider layers.
 
 Whole steps (batches read from the cache, clipping, optimizer, schedule, metrics, progress) over the forward and
 backward passes within them; and over rounds of forward and backward alone on the same batches, which take turns with
@@ -37,13 +38,18 @@ from finetrainers.types import Batch, Bucket, Condition, Sample
 
 SHAPES = {
     "B1: 1 layer, 160 tokens, width 32": {"layers": 1, "heads": 4, "head": 8, "latent": (4, 5, 8), "goal": 1.10},
+    "B2: 28 layers, 160 tokens, width 32": {
+        "layers": 28, "heads": 4, "head": 8, "latent": (4, 5, 8), "goal_beside_ms": 9.0,
+    },
     "B2: 6 layers, 1280 tokens, width 256": {"layers": 6, "heads": 4, "head": 64, "latent": (5, 16, 16), "goal": 1.01},
-}
+}  # fmt: skip
 PEERS = {
     "B1": "finetrainers main 1.84-1.92 (Accelerate), 1.71-1.79 (PTD), v0.0.1 1.69-1.71; bare torch, fused AdamW 1.06",
     "B2": "finetrainers main 1.016-1.018, v0.0.1 1.015-1.016; bare torch, fused AdamW 1.003",
 }
 ROUNDS, WARM_UP = 15, 10
+STEPS_PER_ROUND = {1: 20, 6: 4, 28: 5}
+"""By layers."""
 
 
 class FakeFamily(LTXVideo):
@@ -152,7 +158,8 @@ def measure(shape: dict[str, Any], steps_per_round: int) -> dict[str, Any]:
         "step_over_passes_within": statistics.median(ratios),
         "min_max": [ratios[0], ratios[-1]],
         "step_over_passes_alone": statistics.median(step / alone for step, _, alone in rounds),
-        "goal": shape["goal"],
+        "beside_passes_ms": 1000 * statistics.median(step - passes for step, passes, _ in rounds),
+        **{key: value for key, value in shape.items() if key.startswith("goal")},
     }
 
 
@@ -175,9 +182,9 @@ def watch_passes(trainer: Trainer) -> list[float]:
 
 
 def main() -> None:
-    """Measure both shapes; write and print the record."""
+    """Measure all shapes; write and print the record."""
     torch.set_num_threads(1)
-    rows = {name: measure(shape, 20 if shape["layers"] == 1 else 4) for name, shape in SHAPES.items()}
+    rows = {name: measure(shape, STEPS_PER_ROUND[shape["layers"]]) for name, shape in SHAPES.items()}
     record = {"machine": describe_machine() | {"torch_threads": 1}, "results": rows, "peers": PEERS}
     Path(__file__).with_name("results").joinpath("loop.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
