@@ -22,6 +22,7 @@ from finetrainers.config.schema import RunConfig
 from finetrainers.data.batch import Size
 from finetrainers.data.dataset import cache_folder
 from finetrainers.folder import RunFolder
+from finetrainers.training.attention import attention_by
 from finetrainers.training.compiling import is_compiled
 from finetrainers.training.instruments import matmul_rate, profiled, spread
 from finetrainers.training.metrics import MetricsFile
@@ -61,9 +62,10 @@ def measure(config: RunConfig, *, steps: int) -> Measured | None:
         timed = choose_steps(sizes_of_steps(trainer), count=steps, meetings=meetings)
         trainer.steps = max(timed) + 1
         signals.defer()
-        trainer.fit()
-        is_whole = not trainer.stopping
-        kernels = profile_step(trainer, times, timed) if is_whole else Kernels()
+        with attention_by(config.training.attention):
+            trainer.fit()
+            is_whole = not trainer.stopping
+            kernels = profile_step(trainer, times, timed) if is_whole else Kernels()
         engine.close()
         signals.raise_if_requested()
         if engine.is_main and is_whole:

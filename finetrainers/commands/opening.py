@@ -21,6 +21,7 @@ from finetrainers.memory.report import device_gib
 from finetrainers.methods.base import Method
 from finetrainers.optimizers.build import can_be_shared, check_optimizer
 from finetrainers.planning import states_gib
+from finetrainers.training.attention import check_attention
 from finetrainers.training.compiling import check_compiling
 from finetrainers.training.float8 import check_float8
 from finetrainers.training.streaming import check_streaming
@@ -97,6 +98,7 @@ def check_options(family: Family, config: RunConfig, engine: Engine) -> None:
     check_rescue(config, engine)
     method = build_method(family, config)
     check_recording(config, engine, method)
+    check_attention(config.training.attention, engine.device)
     check_compiling(str(config.training.compile), engine, method.linear_dtype)
     check_streaming(method, engine, config.memory, checkpointing=config.training.gradient_checkpointing)
 

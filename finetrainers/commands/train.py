@@ -23,6 +23,7 @@ from finetrainers.folder import RunFolder, write_atomically
 from finetrainers.hashing import digest, seed_for
 from finetrainers.optimizers.build import build_optimizer
 from finetrainers.reporting.report import write_report
+from finetrainers.training.attention import attention_by
 from finetrainers.training.callback import Callback
 from finetrainers.training.checkpoint import Checkpointer
 from finetrainers.training.compiling import is_compiled
@@ -65,7 +66,8 @@ def train(config: RunConfig, *, resume: str = "auto") -> int:
         if engine.is_main:
             write_atomically(run.config, dump_config(config))
         signals.defer()
-        trainer.fit()
+        with attention_by(config.training.attention):
+            trainer.fit()
         if engine.is_main:
             write_report(run)
         engine.close()

@@ -236,6 +236,11 @@ class TrainingConfig(Section):
     """`blocks` (or true) lets torch compile the layers of the transformer that repeat: fewer and larger
     kernels, and fewer activations kept; rounding changes a little. `auto` does so on a GPU. The first steps wait for
     the compiler; what it made is kept for later runs."""
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math", "flash_3", "flash_4"] = Field(
+        "auto", json_schema_extra=FREE
+    )
+    """On a GPU, the kernel that computes attention where it can: one of torch's, or FlashAttention 3 or 4, which are
+    installed beside it. `auto` leaves it to torch. `finetrainers bench` tells which is fastest."""
     cuda_graphs: bool = Field(False, json_schema_extra=FREE)
     """On a GPU, record a pass when a size of clips comes back, and launch it at once from then on: for models whose
     kernels run faster than the host launches them. It takes one process, and keeps the memory of a pass."""
