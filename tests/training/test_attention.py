@@ -65,7 +65,7 @@ def test_a_run_trains_with_it(tmp_path, monkeypatch):
     assert main(["train", str(config), "training.attention=efficient", "training.steps=2", "--quiet"]) == 0
     assert seen == [NUMBERS["efficient"]] * 2
     assert main(["bench", str(config), "training.attention=cudnn", "--steps", "2"]) == 0
-    assert set(seen[2:]) == {NUMBERS["cudnn"]}
+    assert seen[2] == NUMBERS["cudnn"], "operations are then counted on models without memory"
 
 
 REFUSED = {
