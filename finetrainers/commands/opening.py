@@ -99,7 +99,7 @@ def check_options(family: Family, config: RunConfig, engine: Engine) -> None:
     method = build_method(family, config)
     check_recording(config, engine, method)
     check_attention(config.training.attention, engine.device)
-    check_compiling(str(config.training.compile), engine, method.linear_dtype)
+    check_compiling(str(config.training.compile), engine)
     check_streaming(method, engine, config.memory, checkpointing=config.training.gradient_checkpointing)
 
 

@@ -77,6 +77,7 @@ def step_work(method: Method, models: Mapping[str, torch.nn.Module], bucket: Buc
         return None
     every, trained = count_parameters(models)
     transformer = next(model for name, model in models.items() if name.startswith("transformer"))
+    gathered = method.weights_dtype if str(options.compile) == "blocks" else method.dtype
     return Work(
         forward_tflop=options.batch_size * bucket.forward_tflop,
         training_tflop=options.batch_size * bucket.training_tflop,
@@ -84,7 +85,7 @@ def step_work(method: Method, models: Mapping[str, torch.nn.Module], bucket: Buc
         batch_size=options.batch_size,
         trained_parameters=trained,
         weight_bytes=method.trained_dtype.itemsize * trained + method.weights_dtype.itemsize * (every - trained),
-        gathered_bytes=method.dtype.itemsize * sum(parameter.numel() for parameter in transformer.parameters()),
+        gathered_bytes=gathered.itemsize * sum(parameter.numel() for parameter in transformer.parameters()),
         num_blocks=len(method.family.blocks("transformer", transformer)),
     )
 

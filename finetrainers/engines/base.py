@@ -79,7 +79,7 @@ class Engine(ABC):
         others may have them on the meta device, and get them from it.
 
         `blocks` are the layers of each model that repeat; `dtype` is what linear layers with fp32 weights compute in,
-        where that is another. Parameters are other objects afterwards.
+        where that is another and may be made use of. Parameters are other objects afterwards.
         """
         for model in models.values():
             # Copied even on one device: weights mapped from a file are aligned as the file is, CPU kernels round by

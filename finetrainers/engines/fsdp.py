@@ -61,7 +61,7 @@ class FSDPEngine(Processes):
 
     def within_blocks(self, dtype: torch.dtype | None) -> str | None:
         if dtype is not None:
-            return "fsdp brings linear layers together in bf16 within blocks, under full fine-tuning"
+            return "under full fine-tuning fsdp collects linear layers in bf16 within blocks, to send half as much"
         return super().within_blocks(dtype)
 
     def _shard(self, module: nn.Module, dtype: torch.dtype | None, *, again: bool | None) -> None:

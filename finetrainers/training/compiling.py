@@ -35,18 +35,21 @@ activations, modulation and copies in another layout, is computed again even whe
 it, so that it has to be written again. Matrix products and attention themselves are never computed again."""
 
 
-def check_compiling(option: str, engine: Engine, dtype: torch.dtype | None) -> None:
-    """Raise UserError where `training.compile` asks for blocks that cannot be compiled; `dtype` is what
-    `Engine.prepare` takes."""
-    if option == "blocks" and (reason := _obstacle(engine, dtype)):
+def check_compiling(option: str, engine: Engine) -> None:
+    """Raise UserError where `training.compile` asks for blocks that cannot be compiled."""
+    if option == "blocks" and (reason := _obstacle(engine, None)):
         raise UserError(f"training.compile blocks: {reason}; set training.compile off")
 
 
 def is_compiled(option: str, engine: Engine, dtype: torch.dtype | None) -> bool:
-    """What `training.compile` comes to."""
+    """What `training.compile` comes to. `dtype` is what `Engine.prepare` takes, and takes no more where blocks are
+    compiled: what an engine would do with it within them, `auto` leaves to it, and `blocks` does without."""
     if option == "off" or (option == "auto" and engine.device.type != "cuda"):
         return False
-    if reason := _obstacle(engine, dtype):
+    reason = _obstacle(engine, None)
+    if reason is None and option == "auto" and (reason := _obstacle(engine, dtype)):
+        reason += "; training.compile=blocks does without"
+    if reason:
         logger.info("blocks are not compiled: %s", reason)
     return reason is None
 

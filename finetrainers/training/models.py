@@ -55,7 +55,7 @@ def load_models(
     streams = build_streams(method, models, blocks, options=options, device=engine.device)
     for stream in streams:
         engine.park(stream)
-    engine.prepare(models, blocks, method.linear_dtype)
+    engine.prepare(models, blocks, None if compiles else method.linear_dtype)
     for stream in streams:
         stream.start()
     if compiles:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.end_to_end.runs import run, write_config
+from tests.end_to_end.runs import exact_rows, run, write_config
 from tests.engines.tiny_runs import assert_close, settings
 from tests.engines.together import run_together
 
@@ -17,6 +17,24 @@ ENGINES = {
 METHODS = {"lora": "method={name: lora, rank: 4, alpha: 8}", "full": "method={name: full}"}
 """Without dropout, which compiled programs draw otherwise."""
 CASES = [(name, method) for name in ("ltx-0.9.5-i2v", "cogvideox-5b", "hunyuan", "wan-2.1") for method in METHODS]
+
+
+@pytest.mark.parametrize("name", ["ltx-0.9.5-i2v", "wan-2.1"])
+def test_full_fine_tuning_in_bf16_under_fsdp(folders, clips, tmp_path, name):
+    """Weights are collected in fp32 before a block, and rounded within it as one process rounds them."""
+    options = settings(name, folders[name], clips, tmp_path)
+    options["training"]["precision"] = "bf16"
+    config = write_config(tmp_path / "c.yaml", **options, output="-")
+    command = ["train", config, METHODS["full"], "training.compile=blocks", "training.steps=20"]
+    alone = [*command, "training.gradient_accumulation_steps=2", f"output={tmp_path / 'alone'}"]
+    code, said = run(alone, tmp_path / "alone.log")
+    assert code == 0, said
+    said = run_together(2, [[*command, f"output={tmp_path / 'fsdp'}", *ENGINES["fsdp"]]], tmp_path / "log")
+    assert "compiled a block, case 2" in said
+    ours, theirs = exact_rows(tmp_path / "alone"), exact_rows(tmp_path / "fsdp")
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for left, right in zip(ours, theirs, strict=True):
+        assert left == pytest.approx(right, rel=2e-3), left["step"]
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)

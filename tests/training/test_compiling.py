@@ -262,19 +262,31 @@ def test_auto_is_for_gpus():
 
 
 REFUSED = {
-    "ZeRO stage 3": (DeepSpeedEngine, {"stage": 3}, None),
-    "in bf16 within blocks": (FSDPEngine, {}, torch.bfloat16),
-    "split tokens": (SingleEngine, {"context_size": 2}, None),
+    "ZeRO stage 3": (DeepSpeedEngine, {"stage": 3}),
+    "split tokens": (SingleEngine, {"context_size": 2}),
 }
 
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_cannot_be_compiled_is_refused(reason):
-    kind, state, dtype = REFUSED[reason]
+    kind, state = REFUSED[reason]
     run = engine(within_blocks=lambda dtype: kind.within_blocks(SimpleNamespace(**state), dtype))
     with pytest.raises(UserError, match=rf"training.compile blocks: .*{reason}.*set training.compile off"):
-        check_compiling("blocks", run, dtype)
+        check_compiling("blocks", run)
     for option in ("auto", "off"):
-        check_compiling(option, run, dtype)
-        assert not is_compiled(option, run, dtype)
-    assert SingleEngine().within_blocks(dtype) is None
+        check_compiling(option, run)
+        assert not is_compiled(option, run, None)
+    assert SingleEngine().within_blocks(None) is None
+
+
+def test_what_an_engine_does_within_blocks_to_send_less_is_done_without_where_asked(caplog):
+    """fsdp's bf16 of full fine-tuning: `auto` leaves it alone, `blocks` compiles."""
+    fsdp = engine("cuda", within_blocks=lambda dtype: FSDPEngine.within_blocks(FSDPEngine.__new__(FSDPEngine), dtype))
+    with caplog.at_level("INFO"):
+        assert not is_compiled("auto", fsdp, torch.bfloat16)
+    if find_spec("triton") is not None:
+        assert "to send half as much; training.compile=blocks does without" in caplog.text
+    fsdp.device = torch.device("cpu")
+    check_compiling("blocks", fsdp)
+    assert is_compiled("blocks", fsdp, torch.bfloat16)
+    assert fsdp.within_blocks(torch.bfloat16) and fsdp.within_blocks(None) is None
