@@ -37,6 +37,9 @@ CASES = [
     ([], 2, 2, 989),
     (["training.precision=fp32"], 4, 4, 67),
     (["method={name: full}"], 4, 2, 989),
+    # Compiled blocks are gathered for as they lie.
+    (["method={name: full}", "training.compile=blocks"], 4, 4, 989),
+    (["training.compile=blocks"], 2, 2, 989),
     (["method={name: full}", "training.precision=fp32"], 4, 4, 67),
 ]
 
