@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,13 @@ def launch(config: Path, output: Path, *overrides: str) -> subprocess.Popen[str]
 
 
 def wait_for_rows(process: subprocess.Popen[str], output: Path, count: int) -> None:
+    metrics = output / "metrics.jsonl"
+    wait_for(process, lambda: metrics.exists() and len(read_rows(metrics)) >= count)
+
+
+def wait_for(process: subprocess.Popen[str], has_come: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 300
-    while not (output / "metrics.jsonl").exists() or len(read_rows(output / "metrics.jsonl")) < count:
+    while not has_come():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -180,7 +186,8 @@ def test_torchrun_restarts_from_the_last_checkpoint_by_itself(folders, clips, tm
         stderr=subprocess.STDOUT,
         text=True,
     )
-    wait_for_rows(process, output, 12)
+    # It is written while the run goes on.
+    wait_for(process, (output / "checkpoints" / "step-00000010").exists)
     os.kill(children_of(process)[-1], signal.SIGKILL)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said

@@ -19,7 +19,7 @@ from finetrainers.training.callback import Callback
 from finetrainers.training.schedule import build_schedule
 from finetrainers.training.trainer import Trainer
 from finetrainers.types import Batch, Bucket, Condition
-from tests.families.parity import inputs_of, random_clip
+from tests.families.parity import inputs_of, random_clip, rates
 from tests.families.tiny import TINY
 from tests.training.tiny_run import Batches
 
@@ -34,7 +34,7 @@ def family_batches(name: str, family: Family) -> list[Batch]:
         latents, inputs = inputs_of(family, random_clip(Bucket.parse(row.bucket), seed=seed), Condition())
         noise = torch.randn(latents.shape, generator=generator_for(seed, "noise"))
         level = torch.tensor([low + (high - low) * (0.3 + 0.4 * seed)])
-        named = {"fps": (16.0,), "names": (str(seed),), "num_tokens": 1}
+        named = {"fps_B": rates(16.0), "names": (str(seed),), "num_tokens": 1}
         batches.append(Batch(latents_BCFHW=latents, noise_BCFHW=noise, level_B=level, **inputs, **named))
     return batches
 
