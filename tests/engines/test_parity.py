@@ -55,7 +55,10 @@ def assert_ran(engine: str, said: str, count: int) -> None:
         assert trained / count <= int(values.replace(",", "")) < 1.25 * trained / count
 
 
-SLOW = {("ltx-0.9.5-i2v", "full", 4), ("cogvideox-5b", "lora", 4), ("hunyuan", "full", 2), ("hunyuan", "full", 4)}
+SLOW = {
+    ("ltx-0.9.5-i2v", "full", 4), ("cogvideox-5b", "lora", 4), ("hunyuan", "full", 2),
+    ("hunyuan", "full", 4), ("hunyuan", "lora", 4),
+}  # fmt: skip
 """Up to a minute each; each family and each method is tested on four processes without them."""
 
 
