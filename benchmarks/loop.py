@@ -56,6 +56,7 @@ class FakeFamily(LTXVideo):
     """LTX-Video without a model folder: the benchmark builds its transformer from numbers."""
 
     is_causal = False
+    strides = (8, 32)
 
 
 def build_trainer(folder: Path, shape: dict[str, Any], steps: int) -> Trainer:

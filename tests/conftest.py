@@ -11,18 +11,6 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
-LONG = ("engines", "end_to_end/test_demo.py", "end_to_end/test_compiled.py", "end_to_end/test_resume.py")
-"""Tests that start several processes, of which two at once take longer than one after the other, and the longest."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup`, one worker begins with the long tests; of all others each file is a group, so that
-    what its tests share is made once."""
-    for item in items:
-        place = item.path.relative_to(TESTS).as_posix()
-        item.add_marker(pytest.mark.xdist_group("long" if place.startswith(LONG) else place))
-
 
 @pytest.fixture(scope="session")
 def real_clips() -> Path:

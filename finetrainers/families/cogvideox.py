@@ -25,6 +25,7 @@ from finetrainers.families.cogvideox_positions import (
 from finetrainers.families.parts import (
     build_network,
     count_tokens,
+    dtype_of,
     frames_out,
     load_encoder,
     load_network,
@@ -167,6 +168,7 @@ class CogVideoX(Family):
         fps_B: Tensor,
     ) -> Tensor:
         transformer = transformers["transformer"]
+        dtype = dtype_of(transformer)
         told: dict[str, Any] = {"image_rotary_emb": None}
         if self._config.get("use_rotary_positional_embeddings"):
             _, _, frames, height, width = latents_BCFHW.shape
@@ -176,10 +178,10 @@ class CogVideoX(Family):
             image_BCFHW[:, :, :1] = given["image_latents"]
             latents_BCFHW = torch.cat([latents_BCFHW, image_BCFHW], dim=1)
             has_ofs = self._config.get("ofs_embed_dim") is not None
-            told["ofs"] = latents_BCFHW.new_full((1,), OFS, dtype=transformer.dtype) if has_ofs else None
+            told["ofs"] = latents_BCFHW.new_full((1,), OFS, dtype=dtype) if has_ofs else None
         answer_BFCHW = transformer(
-            hidden_states=latents_BCFHW.transpose(1, 2).to(transformer.dtype),
-            encoder_hidden_states=text["prompt_embeds"].to(transformer.dtype),
+            hidden_states=latents_BCFHW.transpose(1, 2).to(dtype),
+            encoder_hidden_states=text["prompt_embeds"].to(dtype),
             timestep=timestep_B.long(),
             return_dict=False,
             **told,

@@ -13,6 +13,7 @@ from finetrainers.families import hunyuan_text
 from finetrainers.families.base import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Family, SamplingOptions
 from finetrainers.families.parts import (
     build_network,
+    dtype_of,
     frames_out,
     load_encoder,
     load_network,
@@ -157,7 +158,7 @@ class HunyuanVideo(Family):
         fps_B: Tensor,
     ) -> Tensor:
         transformer = transformers["transformer"]
-        dtype = transformer.dtype
+        dtype = dtype_of(transformer)
         model_input = put_given(latents_BCFHW, given)
         if "channels" in given:
             model_input = torch.cat([model_input, given["channels"]], dim=1)

@@ -17,6 +17,7 @@ from finetrainers.families.ltx_positions import causal_grid, in_seconds, seconds
 from finetrainers.families.parts import (
     build_network,
     count_tokens,
+    dtype_of,
     frames_out,
     load_encoder,
     load_network,
@@ -229,6 +230,7 @@ class LTXVideo(Family):
         fps_B: Tensor,
     ) -> Tensor:
         transformer = transformers["transformer"]
+        dtype = dtype_of(transformer)
         frames, height, width = latents_BCFHW.shape[2:]
         packed_BSC = _pack(put_given(latents_BCFHW, given))
         timestep = timestep_B[:, None] if self.is_causal else timestep_B
@@ -239,8 +241,8 @@ class LTXVideo(Family):
             packed_BSC = torch.cat([last_BSC, packed_BSC], dim=1)
             timestep = torch.cat([timestep.new_zeros(last_BSC.shape[:2]), timestep], dim=1)
         answer_BSC = transformer(
-            hidden_states=packed_BSC.to(transformer.dtype),
-            encoder_hidden_states=text["prompt_embeds"].to(transformer.dtype),
+            hidden_states=packed_BSC.to(dtype),
+            encoder_hidden_states=text["prompt_embeds"].to(dtype),
             timestep=timestep,
             encoder_attention_mask=text["prompt_attention_mask"],
             return_dict=False,

@@ -131,6 +131,17 @@ def to_pixels(video_FCHW: Tensor, network: Any, dtype: torch.dtype | None = None
     return pixels_FCHW.permute(1, 0, 2, 3)[None].to(dtype or network.dtype)
 
 
+def dtype_of(transformer: Any) -> torch.dtype:
+    """The type of a transformer's inputs: its `dtype`, for which diffusers looks through all its modules each time,
+    several milliseconds a pass. It is that of the first floating-point weight that is not kept in fp32."""
+    kept = getattr(transformer, "_keep_in_fp32_modules", None) or ()
+    for name, parameter in transformer.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in kept):
+            return parameter.dtype
+    found: torch.dtype = transformer.dtype
+    return found
+
+
 def put_given(latents_BCFHW: Tensor, given: Mapping[str, Tensor]) -> Tensor:
     """Noised latents with the clean ones, `given["latents"]`, in the latent frames that `given["frames"]` [B, F] marks;
     unchanged where no frames are given."""

@@ -14,6 +14,7 @@ from finetrainers.families.base import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Family, Sa
 from finetrainers.families.parts import (
     build_network,
     count_tokens,
+    dtype_of,
     frames_out,
     load_encoder,
     load_network,
@@ -176,7 +177,7 @@ class Wan(Family):
         given: Mapping[str, Tensor],
     ) -> Tensor:
         """One transformer's answer to samples that are all its own."""
-        dtype, timestep = transformer.dtype, timestep_B
+        dtype, timestep = dtype_of(transformer), timestep_B
         hidden_BCFHW, images = put_given(latents_BCFHW, given), None
         if self.variant.expands_timesteps:
             timestep = wan_conditions.token_timesteps(timestep_B, latents_BCFHW, given, self.variant.patch)

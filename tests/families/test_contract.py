@@ -10,7 +10,7 @@ import torch
 from finetrainers.config.schema import LoraOptions, ObjectiveConfig
 from finetrainers.families.base import Family, SamplingOptions
 from finetrainers.families.find import all_families
-from finetrainers.families.parts import put_given
+from finetrainers.families.parts import dtype_of, put_given
 from finetrainers.hashing import generator_for
 from finetrainers.latents import draw_latents
 from finetrainers.methods.lora import Lora
@@ -206,3 +206,12 @@ def test_defaults_fit_the_model(folders, name):
         assert set(defaults) >= {"data.buckets", "data.conditions", "method.target_modules", "model.task"}
         assert set(defaults) >= {"objective.timestep_sampling", "objective.shift", "optimizer.lr"}
         assert defaults["model.task"] == row.task
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_type_of_inputs_is_what_diffusers_says(folders, name):
+    """And is found without looking through all modules, which takes milliseconds a pass."""
+    family = TINY[name].open(folders[name])
+    for dtype in (torch.bfloat16, torch.float32):
+        for transformer in family.load_transformers(dtype).values():
+            assert dtype_of(transformer) == transformer.dtype
