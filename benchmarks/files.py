@@ -82,6 +82,8 @@ def cache_read() -> dict[str, float]:
 class Bare:
     """As much of a trainer as a checkpoint looks at."""
 
+    gradient_accumulation_steps = 1
+
     def __init__(self, trained: dict[str, torch.nn.Parameter]) -> None:
         self.trained, self.callbacks, self.device = trained, (), torch.device("cpu")
         self.state, self.engine = TrainState(step=1), SingleEngine()

@@ -22,6 +22,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 _TRAINED = "trained/"
 _OPTIMIZER = "optimizer.json"
+_FILE_BYTES = 2**28
 
 
 def save(
@@ -46,7 +47,7 @@ def save(
     if is_main:
         (folder / _OPTIMIZER).write_text(json.dumps(described))
     tensors = {f"{_TRAINED}{name}": parameter.detach() for name, parameter in trained.items()} | shelf.tensors
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(tensors), save_distributed=True)
     begun = async_save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
     writing = cast("Future[Any]", begun)
 
@@ -58,6 +59,18 @@ def save(
             raise first from None
 
     return wait
+
+
+def _files(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The number of the file, from 1, that each tensor goes to. A file is put together in memory before it is written,
+    so that one for all would take the state's memory again."""
+    numbers, number, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        if size and size + nbytes > _FILE_BYTES:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + nbytes
+    return numbers
 
 
 def load(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, folder: Path, *, group: Any) -> None:
