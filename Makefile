@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m finetrainers demo
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 3
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
