@@ -78,7 +78,7 @@ def pixels_of(path: Path) -> torch.Tensor:
     return read_window(path, media, window, height=media.height, width=media.width).float()
 
 
-QUICK = {("ltx-0.9.5-i2v", "first_last", "lora"), ("wan-2.1-i2v", "first", "lora"), ("wan-2.2-5b-i2v", "first", "full")}
+QUICK = {("ltx-0.9.5-i2v", "first_last", "lora"), ("wan-2.2-5b-i2v", "first", "full")}
 """Half a minute each; the others are marked slow."""
 
 

@@ -57,9 +57,9 @@ def assert_ran(engine: str, said: str, count: int) -> None:
 
 SLOW = {
     ("ltx-0.9.5-i2v", "full", 4), ("cogvideox-5b", "lora", 4), ("hunyuan", "full", 2),
-    ("hunyuan", "full", 4), ("hunyuan", "lora", 4),
+    ("hunyuan", "full", 4), ("hunyuan", "lora", 4), ("cogvideox-5b", "full", 4),
 }  # fmt: skip
-"""Up to a minute each; each family and each method is tested on four processes without them."""
+"""Up to a minute each. Each family and each method is tested without them, on four processes LTX-Video's LoRA."""
 
 
 @pytest.mark.parametrize(

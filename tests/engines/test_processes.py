@@ -174,6 +174,7 @@ def test_a_process_killed_while_it_encodes(folders, clips, tmp_path):
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_from_the_last_checkpoint_by_itself(folders, clips, tmp_path):
     options = settings("ltx-0.9.5-i2v", folders["ltx-0.9.5-i2v"], clips, tmp_path)
     options["training"]["steps"] = 60

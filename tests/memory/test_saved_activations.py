@@ -15,7 +15,6 @@ ENTRIES = json.loads(RESULTS.read_text())["entries"]
 QUICK = {
     "LTX-Video 2B, lora, none",
     "LTX-Video 2B, lora, attention + offload",
-    "HunyuanVideo 13B, lora, none",
 }
 
 
