@@ -284,11 +284,14 @@ def test_tokens_of_a_given_frame_have_timestep_0_and_all_others_the_samples_own(
     family = open_wan(folders["wan-2.2-5b"], task=IMAGE_TO_VIDEO)
     calls: list[dict[str, Any]] = []
 
-    def transformer(**call: Any) -> tuple[Tensor]:
-        calls.append(call)
-        return (call["hidden_states"],)
+    class Recorder(torch.nn.Module):
+        dtype = torch.float32
 
-    recorder: Any = type("Recorder", (), {"dtype": torch.float32, "__call__": staticmethod(transformer)})()
+        def forward(self, **call: Any) -> tuple[Tensor]:
+            calls.append(call)
+            return (call["hidden_states"],)
+
+    recorder = Recorder()
     noisy, clean = torch.randn(2, 48, 3, 4, 6), torch.randn(2, 48, 3, 4, 6)
     text = {"prompt_embeds": torch.zeros(2, 512, 32)}
     rows = [family.given(FIRST, latents, {}, None) for latents in clean]
