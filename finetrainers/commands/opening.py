@@ -133,8 +133,8 @@ def check_recording(config: RunConfig, engine: Engine, method: Method) -> None:
     again = str(config.training.gradient_checkpointing) != "none"
     optimizer, memory = config.optimizer, config.memory
     obstacles = {
-        "takes an NVIDIA GPU": engine.device.type != "cuda",
-        "is for one process": engine.world_size > 1 or engine.shares,
+        "takes an NVIDIA GPU: leave it out": engine.device.type != "cuda",
+        "is for one process: leave it out": engine.world_size > 1 or engine.shares,
         "is not for two experts, of which noise levels choose one: name one with model.experts": len(models) > 1
         and "transformer_2" in models,
         "is not for a text encoder that learns: set method.text_encoder frozen": method.trains_text_encoder,
