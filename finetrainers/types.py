@@ -182,6 +182,18 @@ class Batch:
     def size(self) -> int:
         return len(self.names)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order that depends on their names alone."""
+        found: list[Tensor] = []
+
+        def see(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(see)
+        return found
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with each of its tensors changed, say moved."""
         return replace(

@@ -70,9 +70,10 @@ class Mochi(Family):
         self, transformers: Mapping[str, Any], latents_BCFHW: Tensor, timestep_B: Tensor, *, text: Any, **others: Any
     ) -> Tensor:
         transformer = transformers["transformer"]
+        dtype = parts.dtype_of(transformer)
         answer_BCFHW: Tensor = transformer(
-            hidden_states=latents_BCFHW.to(transformer.dtype),
-            encoder_hidden_states=text["prompt_embeds"].to(transformer.dtype),
+            hidden_states=latents_BCFHW.to(dtype),
+            encoder_hidden_states=text["prompt_embeds"].to(dtype),
             timestep=1000 - timestep_B,
             encoder_attention_mask=text["prompt_attention_mask"],
             return_dict=False,

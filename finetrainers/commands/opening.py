@@ -135,8 +135,8 @@ def check_recording(config: RunConfig, engine: Engine, method: Method) -> None:
     obstacles = {
         "takes an NVIDIA GPU: leave it out": engine.device.type != "cuda",
         "is for one process: leave it out": engine.world_size > 1 or engine.shares,
-        "is not for two experts, of which noise levels choose one: name one with model.experts": len(models) > 1
-        and "transformer_2" in models,
+        "is not for two experts, of which noise levels choose one: name one with model.experts": models.keys()
+        >= {"transformer", "transformer_2"},
         "is not for a text encoder that learns: set method.text_encoder frozen": method.trains_text_encoder,
         "is not for weights that move: leave memory.stream_blocks out": bool(memory.stream_blocks),
         "is not for activations that move: leave memory.offload_activations out": memory.offload_activations,

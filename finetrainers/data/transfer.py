@@ -34,12 +34,8 @@ class Transfer:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(arrival)
             # Its memory is the other stream's, and must not be given away before this one is through with it.
-            there.map(lambda tensor: _used_on(tensor, stream))
+            for tensor in there.tensors:
+                tensor.record_stream(stream)
             return there
 
         return receive
-
-
-def _used_on(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
-    tensor.record_stream(stream)
-    return tensor

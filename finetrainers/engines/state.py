@@ -23,6 +23,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 _TRAINED = "trained/"
 _OPTIMIZER = "optimizer.json"
 _FILE_BYTES = 2**28
+"""Of the tensors that are put together in one file."""
 
 
 def save(

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from finetrainers.memory.offload import ActivationOffloader
 
 _EVERY = "every-"
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def set_activations(
@@ -56,7 +56,7 @@ def set_activations(
 def draws(module: nn.Module) -> bool:
     """Whether a module's pass is random: it has dropout, by torch's own modules. Of others the state of the generators
     need not be kept for when they are computed again, which takes the host longer than a small kernel."""
-    return any(isinstance(part, _DropoutNd) and part.p > 0 for part in module.modules())
+    return any(isinstance(part, _DROPOUT) and part.p > 0 for part in module.modules())
 
 
 def _step(checkpointing: str) -> int | None:

@@ -45,12 +45,19 @@ def check_attention(option: str, device: torch.device) -> None:
         )
     if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
         raise UserError(f"training.attention {option} needs a later torch than {torch.__version__}; take auto")
-    root = package.module.partition(".")[0]
-    if find_spec(root) is None or find_spec(package.module) is None:
+    if not _is_installed(package.module):
         raise UserError(
             f"training.attention {option} needs {package.module}, which is not installed: see "
             "https://github.com/Dao-AILab/flash-attention, or take auto"
         )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        # Of a version of the package that lacks what the module lies in.
+        return False
 
 
 @contextmanager

@@ -115,17 +115,12 @@ class _Recording:
     """Where it writes its share of the loss."""
 
     def replay(self, batch: Batch) -> Tensor:
-        torch._foreach_copy_(_tensors(self.given), _tensors(batch))
+        torch._foreach_copy_(self.given.tensors, batch.tensors)
         self.launch()
         return self.share.clone()
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
-    own = (batch.latents_BCFHW, batch.noise_BCFHW, batch.level_B, batch.fps_B)
-    return [*own, *batch.text.values(), *batch.given.values()]
-
-
 def _size(batch: Batch, num_samples: int) -> Hashable:
     """All of a batch that decides what its pass launches, and every number that a pass takes from the host."""
-    shapes = tuple((tensor.shape, tensor.dtype) for tensor in _tensors(batch))
+    shapes = tuple((tensor.shape, tensor.dtype) for tensor in batch.tensors)
     return shapes, tuple(batch.text), tuple(batch.given), num_samples

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from finetrainers.memory.simulation import tensors_in
+
 TOLD_TO_THE_HOST = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
 """Operations for which the host waits: a recording on a GPU refuses them."""
 
@@ -44,7 +46,7 @@ class _Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        given = list(_tensors((args, kwargs)))
+        given = list(tensors_in((args, kwargs)))
         assert name not in TOLD_TO_THE_HOST, f"{name} in a pass that is recorded"
         if "lift_fresh" in name:
             # A tensor made of Python's numbers would come from the host; of a single one it is made on the device.
@@ -58,7 +60,7 @@ class _Tape(TorchDispatchMode):
                 whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
                 self._before[_place(tensor)] = whole, whole.clone()
         answer = func(*args, **kwargs)
-        self._made |= {_place(tensor) for tensor in _tensors(answer)} - {_place(tensor) for tensor in given}
+        self._made |= {_place(tensor) for tensor in tensors_in(answer)} - {_place(tensor) for tensor in given}
         self._operations.append((func, args, kwargs, answer))
         return answer
 
@@ -70,9 +72,9 @@ class _Tape(TorchDispatchMode):
     @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, answer in self._operations:
-            given = {_place(tensor) for tensor in _tensors((args, kwargs))}
+            given = {_place(tensor) for tensor in tensors_in((args, kwargs))}
             again = func(*args, **kwargs)
-            for new, old in zip(_tensors(again), _tensors(answer), strict=True):
+            for new, old in zip(tensors_in(again), tensors_in(answer), strict=True):
                 # Views lie in memory that is written by others.
                 if _place(old) not in given:
                     old.copy_(new)
@@ -81,17 +83,7 @@ class _Tape(TorchDispatchMode):
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
     for number, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from _tensors(args[number] if number < len(args) else kwargs.get(argument.name))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+            yield from tensors_in(args[number] if number < len(args) else kwargs.get(argument.name))
 
 
 def _place(tensor: Tensor) -> int:

@@ -86,6 +86,16 @@ def test_what_cannot_be_had_is_refused(reason, monkeypatch):
     check_attention("flash" if device == GPU else "auto", device)
 
 
+def test_an_earlier_version_of_the_package_is_not_the_later_one(monkeypatch, tmp_path):
+    """FlashAttention 2 alone, in which the module of a later one has no place."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(UserError, match=r"flash_4 needs flash_attn\.cute\.interface, which is not installed"):
+        check_attention("flash_4", GPU)
+
+
 def test_what_can_be_had_is_not_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention, "find_spec", lambda name: SimpleNamespace())

@@ -151,7 +151,7 @@ def others(outside: dict[int, Tensor], models: Mapping[str, torch.nn.Module], pa
     own += passes._gradients.values()
     for recording in passes._recordings.values():
         own.append(recording.share)
-        recording.given.map(lambda tensor: (own.append(tensor), tensor)[1])
+        own += recording.given.tensors
     return set(outside) - {tensor.untyped_storage()._cdata for tensor in own}
 
 
