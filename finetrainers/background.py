@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -21,15 +21,22 @@ def read_ahead(jobs: Iterable[Callable[[], T]], *, num_workers: int, name: str) 
         for job in jobs:
             yield job()
         return
+    with closing(begun_ahead(jobs, num_workers=num_workers, name=name)) as begun:
+        for future in begun:
+            yield future.result()
+
+
+def begun_ahead(jobs: Iterable[Callable[[], T]], *, num_workers: int, name: str) -> Generator[Future[T], None, None]:
+    """The same jobs, each as soon as threads work ahead of it: it may not be done yet."""
     ahead: deque[Future[T]] = deque()
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix=name)
     try:
         for job in jobs:
             ahead.append(pool.submit(job))
             if len(ahead) > num_workers:
-                yield ahead.popleft().result()
+                yield ahead.popleft()
         while ahead:
-            yield ahead.popleft().result()
+            yield ahead.popleft()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

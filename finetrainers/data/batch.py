@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count, pairwise
 from typing import Protocol
 
 import torch
 
+from finetrainers.background import begun_ahead
 from finetrainers.data.cache import Cache
 from finetrainers.data.transfer import Transfer
 from finetrainers.hashing import generator_for
@@ -215,25 +217,17 @@ class BatchStream:
     def start(self, position: int) -> Iterator[Drawn]:
         """Yield this process's batches from batch number `position` on, which begins a round. When one is handed out
         the next one is on its way to the device, if it has been read."""
+        jobs = (partial(self._load, *self._choose(start)) for start in count(position, self.world_size))
         if self.num_workers == 0:
-            while True:
-                yield self._send(self._load(*self._choose(position)))()
-                position += self.world_size
-        ahead: deque[Future[Drawn]] = deque()
-        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="batches")
+            for job in jobs:
+                yield self._send(job())()
         under_way: Callable[[], Drawn] | None = None
-        try:
-            while True:
-                # One for each worker to read, and one that waits to be sent.
-                while len(ahead) + (under_way is not None) < self.num_workers + 2:
-                    ahead.append(pool.submit(self._load, *self._choose(position)))
-                    position += self.world_size
-                receive = under_way or self._send(ahead.popleft().result())
-                is_read = ahead[0].done() and ahead[0].exception() is None
-                under_way = self._send(ahead.popleft().result()) if is_read else None
+        with closing(begun_ahead(jobs, num_workers=self.num_workers, name="batches")) as begun:
+            for current, following in pairwise(begun):
+                receive = under_way or self._send(current.result())
+                is_read = following.done() and following.exception() is None
+                under_way = self._send(following.result()) if is_read else None
                 yield receive()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def sizes(self, position: int) -> list[Size]:
         """Of every process's batch in the round that begins at batch number `position`."""
