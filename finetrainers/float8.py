@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 from torchao.float8.float8_linear import Float8Linear as TorchaoLinear
 
+from finetrainers.memory.quantized import plain_linear_layers
+
 _MULTIPLE = 16
 """Both sizes of a weight, and the number of tokens, must be multiples of it: each is once what is summed over."""
 
@@ -38,13 +40,10 @@ class Float8Linear(TorchaoLinear):
 def choose_layers(model: nn.Module, blocks: Iterable[nn.Module], *, leave: Collection[str]) -> list[str]:
     """Paths of the linear layers within the blocks whose sizes suit float8, without those in whose path any of the
     regular expressions `leave` is found."""
-    within = {id(module) for block in blocks for module in block.modules()}
     return [
         name
-        for name, module in model.named_modules()
-        if id(module) in within
-        and type(module) is nn.Linear
-        and not module.in_features % _MULTIPLE
+        for name, module in plain_linear_layers(model, blocks).items()
+        if not module.in_features % _MULTIPLE
         and not module.out_features % _MULTIPLE
         and not any(re.search(pattern, name) for pattern in leave)
     ]

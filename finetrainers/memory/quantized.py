@@ -95,14 +95,18 @@ def choose_formats(
     """Paths of the linear layers within the blocks whose weights are frozen, each with the format that it is to be held
     in: int8, the most precise, where the regular expression `sensitive` is found in its path, and none at all where
     `precise` is. Layers that are special kinds of linear ones are left alone."""
-    within = {id(module) for block in blocks for module in block.modules()}
     return {
         name: "int8" if re.search(sensitive, name) else format
-        for name, module in model.named_modules()
-        if id(module) in within
-        and type(module) is nn.Linear
-        and not any(parameter.requires_grad for parameter in module.parameters())
-        and not re.search(precise, name)
+        for name, module in plain_linear_layers(model, blocks).items()
+        if not any(parameter.requires_grad for parameter in module.parameters()) and not re.search(precise, name)
+    }
+
+
+def plain_linear_layers(model: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, nn.Linear]:
+    """The linear layers within the blocks by their paths in the model, without special kinds of linear ones."""
+    within = {id(module) for block in blocks for module in block.modules()}
+    return {
+        name: module for name, module in model.named_modules() if id(module) in within and type(module) is nn.Linear
     }
 
 
