@@ -9,7 +9,6 @@ folder; rates are medians of interleaved rounds, and mean frames used per second
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from machine import describe_machine
+from machine import describe_machine, write_record
 
 from finetrainers.data.bucket import choose_windows
 from finetrainers.data.index import FileIndex
@@ -176,10 +175,7 @@ def main() -> None:
             f"peak memory above imports while reading to {BUCKET}, MiB": measure_memory(Path(folder)),
             "peers, frames used per second": PEERS,
         }
-    text = json.dumps(results, indent=2) + "\n"
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text)
-    print(text)
+    write_record(arguments.out, results)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Run: python benchmarks/files.py
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import statistics
@@ -22,7 +21,7 @@ import torch
 import yaml
 from diffusers import LTXVideoTransformer3DModel
 from loop import FakeFamily
-from machine import describe_machine
+from machine import describe_machine, write_record
 from safetensors.torch import save_file
 from tiny_ltx import write_tiny_ltx
 
@@ -215,8 +214,7 @@ def main() -> None:
     # In this order: a process that is started counts the memory of the one that started it.
     results = {"B14": tiny_run(), "B13": start_up(), "B11": cache_read(), "B12": checkpoint()}
     record = {"machine": describe_machine(), "goals": GOALS, "results": results, "peers": PEERS}
-    Path(__file__).with_name("results").joinpath("files.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record, indent=2))
+    write_record(Path(__file__).with_name("results") / "files.json", record)
 
 
 if __name__ == "__main__":

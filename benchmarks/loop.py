@@ -9,7 +9,6 @@ Run: python benchmarks/loop.py
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import LTXVideoTransformer3DModel
-from machine import describe_machine
+from machine import describe_machine, write_record
 
 from finetrainers.config.schema import LoraOptions, ModelConfig, ObjectiveConfig, OptimizerConfig
 from finetrainers.data.batch import BatchDrawer, BatchOrder, BatchStream, Strata
@@ -187,8 +186,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = {name: measure(shape, STEPS_PER_ROUND[shape["layers"]]) for name, shape in SHAPES.items()}
     record = {"machine": describe_machine() | {"torch_threads": 1}, "results": rows, "peers": PEERS}
-    Path(__file__).with_name("results").joinpath("loop.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record, indent=2))
+    write_record(Path(__file__).with_name("results") / "loop.json", record)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record, and print it."""
+    text = json.dumps(record, indent=2) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(text)
 
 
 def describe_machine() -> dict[str, Any]:

@@ -29,7 +29,7 @@ from unittest.mock import patch
 
 import torch
 from data import BUCKET, PEERS, decode_only, render, seconds_of
-from machine import describe_machine
+from machine import describe_machine, write_record
 from tiny_ltx import write_tiny_ltx
 
 from finetrainers import encoding
@@ -251,10 +251,7 @@ def main() -> None:
     machine = describe_machine() | {"load_before": load}
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     results |= {"goals": GOALS, kind: {"machine": machine, f"encoding to {BUCKET}": rates, "killed halfway": kills}}
-    text = json.dumps(results, indent=2) + "\n"
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text)
-    print(text)
+    write_record(arguments.out, results)
 
 
 if __name__ == "__main__":
